@@ -1,0 +1,347 @@
+"""
+The task: SQuAD 2.0 (Rajpurkar et al. 2018) in, prompts and responses out, and the answers' metrics.
+
+    prompt    [CONTEXT] {context}\n[QUESTION] {question}\n[ANSWER]
+    response   {answer}<|endoftext|>, or  unanswerable<|endoftext|>
+
+The official files and the hub go through `datasets`, which also caches; the toy set is made here,
+in memory, and needs no download. Training takes the first gold answer, scoring all of them.
+"""
+
+import collections
+import json
+import re
+import string
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+
+UNANSWERABLE = 'unanswerable'       # the response where SQuAD's gold answer is the empty string
+FILES = {'train': 'train-v2.0.json', 'dev': 'dev-v2.0.json'}
+
+# -----------------------------------------------------------------------------
+# SQuAD in
+
+
+def load_examples(data, split):
+    """
+    One split as a list of dicts: id, context, question, answers (texts, [] where unanswerable),
+    start (character of the first answer in the context, -1 where unanswerable).
+
+    data    squad_v2, toy, or a directory with train-v2.0.json and dev-v2.0.json
+    split   train or dev
+    raises  FileNotFoundError, ValueError naming the file and, where it is one record's, its id
+    """
+    if data == 'toy':
+        return toy_examples(split)
+    import datasets                 # slow to import, and the toy set does without
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    if data == 'squad_v2':
+        try:
+            rows = datasets.load_dataset('rajpurkar/squad_v2',
+                                         split={'train': 'train', 'dev': 'validation'}[split])
+        except Exception as e:
+            raise FileNotFoundError(f'squad_v2 could not be downloaded ({type(e).__name__}): '
+                                    'offline, give --data a directory of official files '
+                                    'or toy') from e
+        return [{'id': r['id'], 'context': r['context'], 'question': r['question'],
+                 'answers': r['answers']['text'],
+                 'start': (r['answers']['answer_start'] or [-1])[0]} for r in rows]
+    path = Path(data) / FILES[split]
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} not found: give --data squad_v2, toy or a directory with '
+                                f'{" and ".join(FILES.values())}')
+    stat = path.stat()              # a changed file must not meet the old one's cache
+    try:
+        rows = datasets.Dataset.from_generator(
+            read_squad, gen_kwargs={'path': str(path), 'stamp': (stat.st_size, stat.st_mtime_ns)})
+    except datasets.exceptions.DatasetGenerationError as e:
+        if isinstance(e.__cause__, ValueError):
+            raise e.__cause__ from None
+        raise
+    return rows.to_list()
+
+
+def read_squad(path, stamp=None):
+    """Yields the examples of one file in the official schema, each checked; `stamp` is unused."""
+    def need(record, key, kind, where):
+        if not isinstance(record, dict) or key not in record:
+            raise ValueError(f'{path}: {where} has no {key!r}: not SQuAD 2.0')
+        if not isinstance(record[key], kind):
+            raise ValueError(f'{path}: {key!r} of {where} is a {type(record[key]).__name__}, '
+                             f'not a {kind.__name__}')
+        return record[key]
+
+    try:
+        with open(path, encoding='utf-8') as f:
+            root = json.load(f)
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f'{path} is not JSON: {e}') from e
+    n = 0
+    for a, article in enumerate(need(root, 'data', list, 'the file')):
+        for p, paragraph in enumerate(need(article, 'paragraphs', list, f'article {a}')):
+            where = f'article {a}, paragraph {p}'
+            context = need(paragraph, 'context', str, where)
+            for qa in need(paragraph, 'qas', list, where):
+                qid = need(qa, 'id', str, f'a question of {where}')
+                where_q = f'question {qid}'
+                answers = need(qa, 'answers', list, where_q)
+                impossible = qa.get('is_impossible', False)     # SQuAD 1.1 has no such key
+                if not isinstance(impossible, bool) or impossible != (not answers):
+                    raise ValueError(f'{path}: {where_q} has is_impossible {impossible!r} and '
+                                     f'{len(answers)} answers')
+                yield {'id': qid, 'context': context,
+                       'question': need(qa, 'question', str, where_q),
+                       'answers': [need(x, 'text', str, where_q) for x in answers],
+                       'start': need(answers[0], 'answer_start', int, where_q) if answers else -1}
+                n += 1
+    if not n:
+        raise ValueError(f'{path} holds no question')
+
+
+# -----------------------------------------------------------------------------
+# the toy set: facts made from word lists, questions on them, a third unanswerable
+
+FIRST = 'Ada Carl Dora Emil Fay Gus Hugo Ida Jon Kai Lena Max Nora Otto Pia Rolf Sara Tom'.split()
+LAST = 'Berg Bond Dahl Falk Frey Holm Kane Lind Moss Nash Park Reed Stone Voss Webb York'.split()
+VERBS = 'built sold found moved bought lost'.split()
+LOOKS = 'old red grey small gold broken'.split()
+STUFF = 'stone wooden glass iron clay'.split()
+THINGS = 'bridge boat tower clock house statue wheel lamp'.split()
+CITIES = 'Lisbon Oslo Cairo Lima Delhi Kyoto Quito Riga Accra Milan Perth Turin'.split()
+MONTHS = 'March April May June July August'.split()
+YEARS = [str(y) for y in range(1901, 1931)]
+WORDS = (FIRST + LAST + VERBS + LOOKS + STUFF + THINGS + CITIES + MONTHS + YEARS
+         + 'In the in . Who What Where When was it by did do ?'.split() + [UNANSWERABLE])
+TOY_SIZE = {'train': 8000, 'dev': 500}
+
+
+def toy_examples(split, size=None):
+    """
+    Like `load_examples`. A context tells one fact, most of the time without its author, place or
+    date; a question on what is left out is unanswerable. Train and dev share no fact, and a split
+    is the same on every call.
+    """
+    rng = np.random.default_rng(['train', 'dev'].index(split))
+
+    def pick(words):
+        return words[rng.integers(len(words))]
+
+    def fact():
+        while True:
+            f = {'who': f'{pick(FIRST)} {pick(LAST)}', 'verb': pick(VERBS),
+                 'what': f'the {pick(LOOKS)} {pick(STUFF)} {pick(THINGS)}',
+                 'where': pick(CITIES), 'when': f'{pick(MONTHS)} {pick(YEARS)}'}
+            key = sum(map(ord, ' '.join(f.values())))
+            if (key % 8 == 0) == (split == 'dev'):      # the two splits take disjoint facts
+                return f
+
+    def tell(f, without):
+        when = '' if without == 'when' else f'In {f["when"]} '
+        where = '' if without == 'where' else f' in {f["where"]}'
+        if without == 'who':
+            return f'{when}{f["what"]} was {f["verb"]}{where} .'
+        return f'{when}{f["who"]} {f["verb"]} {f["what"]}{where} .'
+
+    def ask(kind, f):
+        return {'who': f'Who {f["verb"]} {f["what"]} ?',
+                'what': f'What was {f["verb"]} by {f["who"]} ?',
+                'where': f'Where was {f["what"]} {f["verb"]} ?',
+                'when': f'When was {f["what"]} {f["verb"]} ?'}[kind]
+
+    examples = []
+    for i in range(size or TOY_SIZE[split]):
+        f = fact()
+        if rng.random() < 1 / 3:
+            kind = without = pick(['who', 'where', 'when'])
+            answers = []
+        else:
+            without = pick(['who', 'where', 'when', ''])
+            kind = pick([k for k in ('who', 'what', 'where', 'when')
+                         if k != without and (k, without) != ('what', 'who')])
+            answers = [f[kind]]
+        context = tell(f, without)
+        examples.append({'id': f'toy-{split}-{i}', 'context': context, 'question': ask(kind, f),
+                         'answers': answers, 'start': context.index(answers[0]) if answers else -1})
+    return examples
+
+
+def load_tokenizer(data):
+    """GPT-2's BPE, or for the toy set its words as whole tokens over the 256 bytes."""
+    if data == 'toy':
+        pieces = ['[CONTEXT]', '[QUESTION]', '\n[QUESTION]', '\n[ANSWER]']
+        pieces += [' ' + word for word in WORDS]
+        ranks = {bytes([i]): i for i in range(256)}
+        for piece in pieces:
+            ranks.setdefault(piece.encode(), len(ranks))
+        return tiktoken.Encoding('toy', pat_str=r'\n?\[[A-Z]+\]| ?\w+| ?[^\s\w]+|\s+',
+                                 mergeable_ranks=ranks,
+                                 special_tokens={'<|endoftext|>': len(ranks)})
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except Exception as e:
+        raise FileNotFoundError(f"GPT-2's BPE could not be downloaded ({type(e).__name__}): "
+                                'offline, let TIKTOKEN_CACHE_DIR name a folder that has it, or '
+                                'give --data toy') from e
+
+
+# -----------------------------------------------------------------------------
+# prompts and responses out
+
+
+class Batch(NamedTuple):
+    prompt: torch.Tensor      # (B, P) ids, left-padded
+    pad: torch.Tensor         # (B,) padding tokens on the left
+    response: torch.Tensor    # (B, R) ids of the gold answer and eos, filled up with eos
+    mask: torch.Tensor        # (B, R) True up to and including eos
+
+
+def encode_prompt(example, enc, max_prompt, context=True, train=False):
+    """
+    Token ids of a prompt of at most max_prompt tokens, and whether it was cut to that.
+
+    The context gives way, and after it the question: in training from the end that is farther
+    from the answer, in evaluation (and where there is no answer) from the left.
+    """
+    question = f'[QUESTION] {example["question"].strip()}\n[ANSWER]'
+    if not context:
+        tokens = enc.encode_ordinary(question)
+        return tokens[-max_prompt:], len(tokens) > max_prompt
+    head, tail = enc.encode_ordinary('[CONTEXT]'), enc.encode_ordinary('\n' + question)
+    text = ' ' + example['context'].strip()
+    body = enc.encode_ordinary(text)
+    excess = len(head) + len(body) + len(tail) - max_prompt
+    if excess <= 0:
+        return head + body + tail, False
+    left = excess
+    if train and example['answers']:
+        start = text.find(example['answers'][0], max(0, example['start'] - 1))
+        before = len(enc.encode_ordinary(text[:start]))
+        after = len(enc.encode_ordinary(text[start + len(example['answers'][0]):]))
+        left = min(max((excess + before - after) // 2, 0), excess)
+    body = body[left:max(left, len(body) - (excess - left))]
+    return (head + body + tail)[-max_prompt:], True
+
+
+class Split:
+    """
+    A split as arrays: prompts (N, P) left-padded, pads (N,), responses (N, R), lengths (N,).
+
+    Nothing is dropped silently: cut_prompts and cut_responses count what did not fit.
+    """
+
+    def __init__(self, examples, enc, max_prompt, max_response, context=True, train=False):
+        self.examples, self.eos, N = examples, enc.eot_token, len(examples)
+        self.prompts = np.full((N, max_prompt), enc.eot_token, np.int32)
+        self.responses = np.full((N, max_response), enc.eot_token, np.int32)
+        self.pads, self.lengths = np.zeros(N, np.int64), np.zeros(N, np.int64)
+        self.cut_prompts = self.cut_responses = 0
+        for i, example in enumerate(examples):
+            prompt, cut = encode_prompt(example, enc, max_prompt, context, train)
+            answer = example['answers'][0].strip() if example['answers'] else UNANSWERABLE
+            response = enc.encode_ordinary(' ' + answer) + [enc.eot_token]
+            self.cut_prompts += cut
+            self.cut_responses += len(response) > max_response
+            response = response[:max_response]
+            self.prompts[i, max_prompt - len(prompt):] = prompt
+            self.responses[i, :len(response)] = response
+            self.pads[i], self.lengths[i] = max_prompt - len(prompt), len(response)
+
+    def __len__(self):
+        return len(self.examples)
+
+    def batch(self, indices, device='cpu'):
+        """The Batch of these example numbers, on `device`."""
+        columns = np.arange(self.responses.shape[1])
+        arrays = (self.prompts[indices].astype(np.int64), self.pads[indices],
+                  self.responses[indices].astype(np.int64),
+                  columns < self.lengths[indices][:, None])    # eos is also the filling
+        tensors = [torch.from_numpy(a) for a in arrays]
+        if torch.device(device).type == 'cuda':
+            tensors = [t.pin_memory() for t in tensors]
+        return Batch(*(t.to(device, non_blocking=True) for t in tensors))
+
+
+def order(n, batch_size, seed, step):
+    """
+    Example numbers (batch_size,) of batch `step`: epochs of n, each shuffled by (seed, epoch).
+
+    A pure function, so that a resumed run needs no cursor. `seed` is an int or a tuple of them.
+    """
+    first = step * batch_size
+    wanted = np.arange(first, first + batch_size)
+    out = np.empty(batch_size, np.int64)
+    for epoch in np.unique(wanted // n):
+        shuffled = np.random.default_rng((*np.atleast_1d(seed), epoch)).permutation(n)
+        here = wanted // n == epoch
+        out[here] = shuffled[wanted[here] % n]
+    return out
+
+
+def to_text(responses, mask, enc):
+    """Answers as strings of response ids (N, R): what precedes eos, stripped."""
+    rows = [r[m].tolist() for r, m in zip(responses.cpu(), mask.cpu())]
+    return [enc.decode([t for t in row if t != enc.eot_token]).strip() for row in rows]
+
+
+# -----------------------------------------------------------------------------
+# metrics of answers
+
+
+def normalize(answer):
+    """Lower case, no punctuation, no articles, single spaces: SQuAD's rule for comparing."""
+    answer = ''.join(c for c in answer.lower() if c not in set(string.punctuation))
+    return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', answer).split())
+
+
+def f1(prediction, gold):
+    """Bag-of-words F1 in [0, 1] of two answers; a null answer matches a null answer only."""
+    predicted, wanted = normalize(prediction).split(), normalize(gold).split()
+    if not predicted or not wanted:
+        return float(predicted == wanted)
+    same = sum((collections.Counter(predicted) & collections.Counter(wanted)).values())
+    return 2 * same / (len(predicted) + len(wanted))
+
+
+def score_answers(predictions, examples):
+    """
+    Exact match and F1 in percent, each the best over all gold answers, as SQuAD 2.0 defines them.
+
+    predictions  a string for each example; `unanswerable` counts as the empty string
+    returns      dict: em, f1, and both for has_ (answerable) and no_ (unanswerable) examples;
+                 a group without examples is left out
+    """
+    rows = []
+    for prediction, example in zip(predictions, examples, strict=True):
+        prediction = '' if normalize(prediction) == UNANSWERABLE else prediction
+        golds = [a for a in example['answers'] if normalize(a)] or ['']
+        rows.append((max(normalize(prediction) == normalize(g) for g in golds),
+                     max(f1(prediction, g) for g in golds)))
+    rows = 100 * np.array(rows, float).reshape(-1, 2)
+    has = np.array([bool(e['answers']) for e in examples])
+    out = {}
+    for name, group in ('', np.full(len(rows), True)), ('has_', has), ('no_', ~has):
+        if group.any():
+            out[name + 'em'], out[name + 'f1'] = rows[group].mean(0).tolist()
+    return out
+
+
+def distinct(responses, mask, n):
+    """Different over all n-grams within responses (N, R); 0 if there is none (Li et al. 2016)."""
+    grams = [tuple(row[i:i + n]) for r, m in zip(responses.cpu(), mask.cpu())
+             for row in [r[m].tolist()] for i in range(len(row) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def longest_run(responses, mask):
+    """Length of the longest run of one token within each of responses (N, R), as (N,) floats."""
+    run = best = mask[:, 0].long()
+    for t in range(1, responses.size(1)):
+        run = torch.where(responses[:, t] == responses[:, t - 1], run + 1, 1) * mask[:, t]
+        best = torch.maximum(best, run)
+    return best.float()

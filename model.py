@@ -1,0 +1,506 @@
+"""
+GPT-2 by hand, a discriminator on top of it, and their files.
+
+What is left out on purpose: training loops (each script has its own), attention dropout (only
+embeddings and residual branches drop, and only in a discriminator's own step), weights of other
+families than GPT-2.
+
+Dimension key: B batch, K samples of a prompt, P prompt, R response, T = P + R, C channels,
+H heads, D head size, V vocabulary, L layers.
+Layout: prompts are left-padded to P and responses right-padded to R. `pad` (B,) counts the padding
+tokens on the left; positions count real tokens only. What stands right of <|endoftext|> needs no
+mask in here: attention is causal.
+"""
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+# -----------------------------------------------------------------------------
+# GPT-2 (Radford et al. 2019)
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024    # longest sequence, tokens
+    vocab_size: int = 50257   # GPT-2's BPE
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0      # of embeddings and residual branches, in train() mode only
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}: give at least 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: '
+                             'change one of them')
+
+
+class Attention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+
+    def forward(self, x, mask, cache=None, columns=None):
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2)         # (B, H, T, D) each
+                   for z in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            # the cache may have K rows for each row of x: the prefill of a prompt serves them all
+            for buffer, z in zip(cache, (k, v)):                         # (B*K, H, P + R, D)
+                rows = buffer.unflatten(0, (B, -1))
+                rows.index_copy_(3, columns, z[:, None].to(rows.dtype).expand(
+                    -1, rows.size(1), -1, -1, -1))
+            if mask.size(-1) > T:                                        # decoding, not prefill
+                k, v = cache
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        # the tanh form is what the weights were trained with; the exact one is 4.7e-4 off
+        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask, cache=None, columns=None):
+        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache, columns))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """Pre-LN GPT-2 with a tied head; the parameters have OpenAI's names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.kept_cache = None            # reused: fresh memory is slow memory
+        self.init_weights()
+
+    def init_weights(self):
+        """
+        Fan-in scaling for training from scratch: matrices 1/sqrt(fan_in), embeddings .3, the last
+        gain .5, which halves the logits. GPT-2's own std .02 is too small for models this narrow:
+        on the toy set it still answered `unanswerable` to everything after 900 steps.
+        """
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                std = .3 if name in ('wte.weight', 'wpe.weight') else p.size(1) ** -.5
+                if name.endswith('c_proj.weight'):
+                    std /= math.sqrt(2 * self.config.n_layer)
+                nn.init.normal_(p, std=std)
+            else:
+                nn.init.zeros_(p) if name.endswith('bias') else nn.init.ones_(p)
+        nn.init.constant_(self.ln_f.weight, .5)
+
+    def embed(self, tokens):
+        """
+        Token embeddings of ids or of one-hots; equal bit for bit on CPU in float32.
+
+        tokens   (B, T) integer ids, or (B, T, V) floating one-hots, which get the gradient
+        returns  (B, T, C)
+        """
+        if tokens.is_floating_point():
+            return tokens @ self.wte.weight
+        return self.wte(tokens)
+
+    def hidden(self, x, pad=None, cache=None, slot=None):
+        """
+        The trunk: token embeddings in, the last layer norm's output out.
+
+        x        (B, T, C) token embeddings
+        pad      (B,) padding tokens at the left of each row; None for none
+        cache    (2, L, B*K, H, P + R, D) keys and values, written in place; needs `pad`
+        slot     (1,) column of the one token of a decoding step; None for a pass over whole rows
+        returns  (B, T, C)
+        """
+        B, T, _ = x.shape
+        columns = torch.arange(T, device=x.device) if slot is None else slot
+        positions, mask = columns.expand(B, T), None
+        if pad is not None:
+            positions = (columns - pad[:, None]).clamp(min=0)                # (B, T)
+            keys = columns if slot is None else torch.arange(cache.size(4), device=x.device)
+            # the diagonal too: a padding query sees no key, and a softmax over nothing is NaN
+            mask = (keys >= pad[:, None])[:, None] & (keys <= columns[:, None])
+            mask = (mask | (keys == columns[:, None]))[:, None]              # (B, 1, T, keys)
+        x = self.dropout(x + self.wpe(positions))
+        for i, block in enumerate(self.h):
+            x = block(x, mask, None if cache is None else cache[:, i], columns)
+        return self.ln_f(x)
+
+    def head(self, x):
+        """Logits (..., V) of trunk outputs (..., C), in float32 at least."""
+        return at_least_float32(F.linear(x, self.wte.weight))
+
+    def forward(self, tokens, pad=None):
+        """Logits (B, T, V) of ids or one-hots; for training use `logprobs`, which holds fewer."""
+        return self.head(self.hidden(self.embed(tokens), pad))
+
+    def logprobs(self, tokens, pad=None, start=1):
+        """
+        Log-probabilities of tokens[:, start:], each given all that stands to its left.
+
+        The head runs over those columns alone, in chunks that the backward pass computes again,
+        so no (B, T, V) is ever held.
+
+        tokens    (B, T) ids
+        pad       (B,) padding tokens at the left of each row; None for none
+        start     first column wanted, P for the response alone
+        returns   logprobs (B, T - start) in nats, with gradient,
+                  entropy (B, T - start) of the predicting distribution in nats, no gradient
+        """
+        assert 1 <= start < tokens.size(1), (start, tokens.shape)
+        x = self.hidden(self.embed(tokens[:, :-1]), pad)[:, start - 1:]      # (B, T - start, C)
+        targets = tokens[:, start:]
+        rows = max(1, HEAD_CHUNK // self.config.vocab_size)
+        parts = list(zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows)))
+        if len(parts) > 1 and torch.is_grad_enabled():
+            out = [checkpoint(self.chunk_logprobs, *part, use_reentrant=False) for part in parts]
+        else:
+            out = [self.chunk_logprobs(*part) for part in parts]
+        logprobs, entropy = (torch.cat(z).view(targets.shape) for z in zip(*out))
+        return logprobs, entropy
+
+    def chunk_logprobs(self, x, targets):
+        """Log-probabilities and entropies (N,) of targets (N,) under trunk outputs (N, C)."""
+        logits = self.head(x)                                                # (N, V)
+        logprobs = -F.cross_entropy(logits, targets, reduction='none')
+        with torch.no_grad():
+            logp = F.log_softmax(logits, dim=-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+        return logprobs, entropy
+
+    @torch.no_grad()
+    def generate(self, prompt, pad, max_response, eos, samples=1, temperature=1.0, top_k=None,
+                 rng=None, keep_noise=False):
+        """
+        Samples K responses to each prompt, by the Gumbel-max trick and with cached keys and values.
+
+        prompt       (B, P) ids, left-padded
+        pad          (B,) padding tokens at the left of each row
+        max_response, eos  at most R tokens; the id that ends a response and fills what follows it
+        samples      K; the prompt runs through the model once for all of them
+        temperature  divides the logits; 0 takes the most likely token
+        top_k        sample among the k most likely tokens only; None for the full vocabulary
+        rng          torch.Generator on the prompt's device; None for the global one
+        returns      response (B*K, R) ids, rows of one prompt side by side,
+                     mask (B*K, R) True up to and including eos,
+                     noise (B*K, R, V) if keep_noise else None: the response is
+                     argmax(logits / temperature + noise), where top_k leaves a choice
+        Source: Maddison et al. 2014 (Gumbel-max).
+        """
+        B, P = prompt.shape
+        if P + max_response > self.config.block_size:
+            raise ValueError(f'prompt of {P} + response of {max_response} tokens exceed the '
+                             f'block size {self.config.block_size}: lower --max_prompt or '
+                             '--max_response')
+        N, device = B * samples, prompt.device
+        cache = self.cache(N, P + max_response)
+        x = self.hidden(self.embed(prompt), pad, cache)[:, -1]               # (B, C)
+        x, pad = x.repeat_interleave(samples, 0), pad.repeat_interleave(samples, 0)
+        response = torch.full((N, max_response), eos, device=device)
+        mask = torch.zeros((N, max_response), dtype=torch.bool, device=device)
+        alive = torch.ones(N, dtype=torch.bool, device=device)
+        noises = []
+        for t in range(max_response):
+            logits = self.head(x)                                            # (N, V)
+            if temperature > 0:
+                logits = logits / temperature
+                if top_k is not None and top_k < logits.size(-1):
+                    least = logits.topk(top_k).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -math.inf)
+                # -log(Exponential(1)) is Gumbel(0, 1); the floor keeps log(0) out
+                noise = -torch.empty_like(logits).exponential_(generator=rng).clamp_(1e-30).log_()
+                logits = logits + noise
+                if keep_noise:
+                    noises.append(noise)
+            token = torch.where(alive, logits.argmax(-1), eos)               # (N,)
+            response[:, t], mask[:, t] = token, alive
+            alive = alive & (token != eos)
+            if t + 1 == max_response or (device.type != 'cuda' and not alive.any()):
+                break           # on CUDA the look at `alive` would make the host wait each token
+            x = self.decode(token, pad, cache, torch.full((1,), P + t, device=device))
+        noise = None
+        if keep_noise:
+            noise = torch.zeros(N, max_response, self.config.vocab_size, device=device)
+            for t, step in enumerate(noises):
+                noise[:, t] = step
+        return response, mask, noise
+
+    def decode(self, token, pad, cache, slot):
+        """Trunk output (N, C) of one more token (N,) of every row, at column `slot` (1,)."""
+        return self.hidden(self.embed(token[:, None]), pad, cache, slot)[:, 0]
+
+    def cache(self, rows, columns):
+        """Zeroed keys and values (2, L, rows, H, columns, D), kept for the next call."""
+        c, weight = self.config, self.wte.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        shape = (2, c.n_layer, rows, c.n_head, columns, c.n_embd // c.n_head)
+        kept = self.kept_cache
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, weight.device):
+            self.kept_cache = None                  # let go of the old one before the new one
+            self.kept_cache = torch.zeros(shape, dtype=dtype, device=weight.device)
+        return self.kept_cache
+
+    def compile(self):
+        """
+        Compiles in place: each block (one graph serves all layers) and the decoding step, on CUDA
+        under CUDA graphs. Copy a model before, not after.
+        """
+        for block in self.h:
+            block.compile()
+        if self.wte.weight.is_cuda:
+            self.decode = torch.compile(self.decode, mode='reduce-overhead')
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """
+        A GPT from OpenAI's weights or ours.
+
+        source  gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded); a folder with
+                config.json and model.safetensors or pytorch_model.bin; one .safetensors or .bin
+                file; one of our .pt files
+        raises  FileNotFoundError, ValueError: one sentence with the file and what is wrong with it
+        """
+        path = download(source) if source in HUB else Path(source)
+        if path.suffix == '.pt':
+            saved = load_checkpoint(path)
+            if 'model' not in saved or 'gpt_config' not in saved:
+                raise ValueError(f'{path} holds no model of ours: give a ckpt.pt or sft.pt')
+            config, weights = GPTConfig(**saved['gpt_config']), saved['model']
+        else:
+            weights, settings = read_openai(path)
+            config = infer_config(weights, settings, path)
+        model = cls(config)
+        model.load_strictly(weights, source)
+        return model
+
+    def load_strictly(self, weights, source):
+        """Copies a dict of tensors in; a missing, extra or misshapen one is a ValueError."""
+        own = dict(self.named_parameters())
+        missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        wrong = [f'{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}'
+                 for k in own.keys() & weights.keys() if weights[k].shape != own[k].shape]
+        for what, names in ('lacks', missing), ('has unknown', extra), ('has misshapen', wrong):
+            if names:
+                raise ValueError(f'{source} {what} {", ".join(names[:3])}'
+                                 f'{" ..." if len(names) > 3 else ""}: not a GPT-2 of this shape')
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(weights[name])
+
+    def save_pretrained(self, folder):
+        """Writes config.json and model.safetensors: transformers.GPT2LMHeadModel opens them."""
+        c, folder = self.config, Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.detach().cpu() for k, v in self.named_parameters()}
+        weights = {k: (v.t() if is_conv1d(k) else v).contiguous() for k, v in weights.items()}
+        save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
+        config = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'],
+                  'n_positions': c.block_size, 'n_ctx': c.block_size, 'vocab_size': c.vocab_size,
+                  'n_layer': c.n_layer, 'n_head': c.n_head, 'n_embd': c.n_embd,
+                  'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
+                  'bos_token_id': c.vocab_size - 1, 'eos_token_id': c.vocab_size - 1}
+        (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+
+
+HEAD_CHUNK = 2 ** 26              # logits held at once, elements (256 MiB in float32)
+
+
+def at_least_float32(x):
+    """bfloat16 to float32; float64, which tests use, stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# -----------------------------------------------------------------------------
+# discriminator
+
+
+class Discriminator(nn.Module):
+    """
+    A GPT-2 trunk and a scalar head: s_t is the score of (x, y_<=t), in logits.
+
+    trunk  a GPT to copy; the head starts at zero, so every score does
+    """
+
+    def __init__(self, trunk, dropout=0.0):
+        super().__init__()
+        self.trunk = GPT(GPTConfig(**{**asdict(trunk.config), 'dropout': dropout}))
+        self.trunk.load_state_dict(trunk.state_dict())
+        self.score = nn.Linear(trunk.config.n_embd, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, prompt, response, pad=None):
+        """
+        prompt    (B, P) ids, or (B, P, V) one-hots
+        response  (B, R) ids, or (B, R, V) one-hots, through which gradients flow
+        pad       (B,) padding tokens at the left of each row
+        returns   (B, R) scores at every response position, float32
+        """
+        x = torch.cat((self.trunk.embed(prompt), self.trunk.embed(response)), dim=1)
+        x = self.trunk.hidden(x, pad)[:, prompt.size(1):]                    # (B, R, C)
+        return at_least_float32(self.score(x).squeeze(-1))
+
+    def compile(self):
+        """Compiles the trunk in place."""
+        self.trunk.compile()
+
+
+def carry(scores, mask):
+    """Scores (B, R) with what follows the mask's end replaced by s(x, y), the last real one."""
+    columns = torch.arange(scores.size(1), device=scores.device)
+    return scores.gather(1, torch.minimum(columns, mask.sum(1, keepdim=True) - 1))
+
+
+# -----------------------------------------------------------------------------
+# files in OpenAI's layout
+
+HUB = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
+       'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl',
+       'distilgpt2': 'distilbert/distilgpt2'}
+
+
+def download(name):
+    """The folder of a hub checkpoint, from the Hugging Face cache or the network."""
+    from huggingface_hub import snapshot_download           # comes with `datasets`
+    try:
+        return Path(snapshot_download(HUB[name], allow_patterns=['config.json',
+                                                                 'model.safetensors']))
+    except Exception as e:
+        raise FileNotFoundError(f'{name} could not be downloaded ({type(e).__name__}): offline, '
+                                'give --init_from a folder, a file or scratch') from e
+
+
+def is_conv1d(name):
+    """OpenAI keeps these matrices as (in, out), nn.Linear as (out, in)."""
+    return name.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight'))
+
+
+def read_openai(path):
+    """Weights under our names and the settings of config.json ({} where there is none)."""
+    if path.is_dir():
+        files = [path / 'model.safetensors', path / 'pytorch_model.bin']
+        file = next((f for f in files if f.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f'{path} has neither model.safetensors nor pytorch_model.bin: '
+                                    'give --init_from a folder that has')
+    else:
+        file = path
+    if not file.is_file():
+        raise FileNotFoundError(f'{file} not found: give --init_from one of {", ".join(HUB)}, '
+                                'scratch, a folder or a file')
+    config_file, settings = file.parent / 'config.json', {}
+    try:
+        if file.suffix == '.safetensors':
+            raw = load_file(file)
+        elif file.suffix == '.bin':
+            raw = load_checkpoint(file)
+        else:
+            raise ValueError(f'{file} is no .safetensors, .bin or .pt file: give --init_from one')
+        if config_file.is_file():
+            settings = json.loads(config_file.read_text())
+    except SafetensorError as e:
+        raise ValueError(f'{file} is not a readable safetensors file ({e}): get it again') from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{config_file} is not JSON ({e}): get it again') from e
+    weights = {}
+    for name, tensor in raw.items():
+        name = name.removeprefix('transformer.')
+        if name.endswith(('.attn.bias', '.attn.masked_bias')):               # the causal mask
+            continue
+        weights[name] = tensor.t() if is_conv1d(name) else tensor
+    head = weights.pop('lm_head.weight', None)
+    wte = weights.get('wte.weight')
+    if head is not None and wte is not None and not torch.equal(head, wte):
+        raise ValueError(f'{file} has an lm_head that is not wte: not a GPT-2, whose head is tied')
+    return weights, settings
+
+
+def infer_config(weights, settings, path):
+    """The GPTConfig of a dict of weights; what shapes cannot tell comes from config.json."""
+    for name in 'wte.weight', 'wpe.weight':
+        if name not in weights:
+            raise ValueError(f'{path} lacks {name}: not a GPT-2')
+    fixed = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
+             'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False}
+    for key, value in fixed.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f'{path} has {key} {settings[key]!r}: GPT-2 has {value!r}')
+    vocab_size, n_embd = weights['wte.weight'].shape
+    layers = [int(k.split('.')[1]) for k in weights if k.startswith('h.')]
+    config = GPTConfig(block_size=weights['wpe.weight'].size(0), vocab_size=vocab_size,
+                       n_layer=max(layers, default=-1) + 1, n_embd=n_embd,
+                       n_head=settings.get('n_head', max(1, n_embd // 64)))  # 64 in all GPT-2s
+    return config
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: tensors and plain values only
+
+
+def save_checkpoint(path, state):
+    """Writes a temporary file, flushes it to disk, renames it: a crash leaves the old one whole."""
+    path = Path(path)
+    part = path.with_name(path.name + '.part')
+    with open(part, 'wb') as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def load_checkpoint(path):
+    """
+    Reads what `save_checkpoint` wrote, onto the CPU; executes nothing it finds.
+
+    raises  FileNotFoundError, or ValueError for a truncated file or one that holds code
+    """
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path} not found: give the path of a checkpoint') from None
+    except pickle.UnpicklingError as e:
+        raise ValueError(f'{path} refused, nothing executed: it is damaged, or holds more than '
+                         'tensors and plain values') from e
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as e:
+        raise ValueError(f'{path} is not a readable checkpoint (truncated?): use another') from e

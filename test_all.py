@@ -1,0 +1,767 @@
+"""
+Everything checked, on a CPU and offline: `python test_all.py [part of a name]`, or pytest.
+"""
+
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from dataclasses import fields
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / 'shared' / 'data'
+SCRATCH = Path(tempfile.mkdtemp(prefix='nanogaf-'))
+os.environ['HF_HOME'] = str(SCRATCH / 'hf')          # before `datasets`: its cache is ours to drop
+os.environ['HF_HUB_OFFLINE'] = '1'
+if (SHARED / 'tiktoken_cache').is_dir():
+    os.environ['TIKTOKEN_CACHE_DIR'] = str(SHARED / 'tiktoken_cache')
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import model
+import reinforce
+from model import GPT, Discriminator, GPTConfig, load_checkpoint, save_checkpoint
+
+SCRIPTS = [reinforce]
+
+
+def tiny_gpt(seed=0, **changes):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**dict(block_size=24, vocab_size=13, n_layer=2, n_head=2, n_embd=8),
+                            **changes})).eval()
+
+
+def folder(name):
+    path = SCRATCH / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def raises(kind, words, call, *args, **kwargs):
+    """The call must raise `kind` with one line that holds all of `words`."""
+    try:
+        call(*args, **kwargs)
+    except kind as e:
+        assert '\n' not in str(e) and all(w in str(e) for w in words), str(e)
+    else:
+        raise AssertionError(f'{call} raised nothing, {kind.__name__} was due')
+
+
+# -----------------------------------------------------------------------------
+# model
+
+
+def reference_logits(weights, tokens, n_layer, n_head):
+    """GPT-2 (Radford et al. 2019) once more, in plain operations on OpenAI's layout (in, out)."""
+    def norm(x, g, b):
+        mean = x.mean(-1, keepdim=True)
+        return (x - mean) / ((x - mean) ** 2).mean(-1, keepdim=True).add(1e-5).sqrt() * g + b
+
+    w, T = weights, tokens.size(1)
+    x = w['wte.weight'][tokens] + w['wpe.weight'][:T]
+    for i in range(n_layer):
+        p = {k.removeprefix(f'h.{i}.'): v for k, v in w.items() if k.startswith(f'h.{i}.')}
+        y = norm(x, p['ln_1.weight'], p['ln_1.bias']) @ p['attn.c_attn.weight']
+        heads = []
+        C = x.size(-1)
+        y, D = y + p['attn.c_attn.bias'], C // n_head
+        for h in range(n_head):
+            q, k, v = (y[..., n * C + h * D:n * C + h * D + D] for n in range(3))
+            scores = q @ k.transpose(1, 2) / math.sqrt(D)
+            scores = scores + torch.full((T, T), -math.inf).triu(1)
+            e = (scores - scores.max(-1, keepdim=True).values).exp()
+            heads.append(e / e.sum(-1, keepdim=True) @ v)
+        x = x + torch.cat(heads, -1) @ p['attn.c_proj.weight'] + p['attn.c_proj.bias']
+        y = norm(x, p['ln_2.weight'], p['ln_2.bias']) @ p['mlp.c_fc.weight'] + p['mlp.c_fc.bias']
+        y = .5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + .044715 * y ** 3)))
+        x = x + y @ p['mlp.c_proj.weight'] + p['mlp.c_proj.bias']
+    return norm(x, w['ln_f.weight'], w['ln_f.bias']) @ w['wte.weight'].t()
+
+
+def test_logits_equal_an_independent_forward():
+    gpt, tokens = tiny_gpt(), torch.randint(0, 13, (3, 11))
+    with torch.no_grad():
+        for p in gpt.parameters():                   # biases and gains that are not 0 and 1
+            p.add_(.1 * torch.randn_like(p))
+    path = folder('reference')
+    gpt.save_pretrained(path)
+    weights = model.load_file(path / 'model.safetensors')
+    assert (reference_logits(weights, tokens, 2, 2) - gpt(tokens)).abs().max() < 1e-5
+
+
+def test_logits_equal_transformers_in_both_layouts():
+    try:
+        os.environ['TRANSFORMERS_VERBOSITY'] = 'error'
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as e:
+        raise unittest.SkipTest('transformers is not installed') from e
+    tokens = torch.randint(0, 50257, (2, 9))
+    for name, n_layer in ('gpt2', 12), ('distilgpt2', 6):
+        torch.manual_seed(0)
+        theirs = GPT2LMHeadModel(GPT2Config(n_layer=n_layer)).eval()
+        with torch.no_grad():
+            wanted = theirs(tokens).logits
+        path = folder(name)
+        theirs.save_pretrained(path)
+        sources = [path, path / 'model.safetensors']
+        # the layout of the first releases: no prefix, the causal mask among the weights
+        old = {k.removeprefix('transformer.'): v for k, v in theirs.state_dict().items()}
+        old |= {f'h.{i}.attn.bias': torch.ones(1, 1, 4, 4) for i in range(n_layer)}
+        (path / 'bin').mkdir()
+        torch.save(old, path / 'bin' / 'pytorch_model.bin')
+        for source in [*sources, path / 'bin', path / 'bin' / 'pytorch_model.bin']:
+            ours = GPT.from_pretrained(str(source)).eval()
+            with torch.no_grad():
+                assert (ours(tokens) - wanted).abs().max() < 1e-4, source
+        ours.save_pretrained(path / 'back')
+        again = GPT2LMHeadModel.from_pretrained(path / 'back').eval()
+        with torch.no_grad():
+            assert (again(tokens).logits - wanted).abs().max() < 1e-4
+        shutil.rmtree(path)
+
+
+def test_ids_and_onehots_embed_bit_for_bit():
+    gpt, tokens = tiny_gpt(), torch.randint(0, 13, (4, 9))
+    onehots = F.one_hot(tokens, 13).float().requires_grad_()
+    assert torch.equal(gpt.embed(tokens), gpt.embed(onehots))
+    assert torch.equal(gpt(tokens), gpt(onehots))
+    gpt(onehots).sum().backward()
+    assert onehots.grad.abs().sum() > 0
+    scorer = Discriminator(gpt).eval()
+    torch.nn.init.normal_(scorer.score.weight)
+    prompt, response = tokens[:, :4], tokens[:, 4:]
+    assert torch.equal(scorer(prompt, response), scorer(prompt, F.one_hot(response, 13).float()))
+
+
+def test_left_padding_changes_no_logit():
+    gpt, tokens = tiny_gpt(), torch.randint(0, 13, (3, 10))
+    pad = torch.tensor([0, 4, 9])
+    logits = gpt(tokens, pad)
+    assert logits.isfinite().all()
+    for row, n in enumerate(pad.tolist()):
+        alone = gpt(tokens[row:row + 1, n:])[0]
+        assert (logits[row, n:] - alone).abs().max() < 1e-5
+        changed = tokens.clone()
+        changed[row, :n] = 7
+        assert torch.equal(gpt(changed, pad)[row, n:], logits[row, n:])
+
+
+def test_cached_generation_equals_uncached():
+    gpt, prompt, K, R, eos = tiny_gpt(), torch.randint(0, 12, (5, 8)), 3, 9, 12
+    pad = torch.tensor([0, 3, 7, 1, 5])
+    for temperature, top_k in (1.0, None), (.8, 4), (0, None):
+        response, mask, noise = gpt.generate(
+            prompt, pad, R, eos, K, temperature, top_k, torch.Generator().manual_seed(3), True)
+        assert response.shape == mask.shape == (15, R)
+        tokens, pads = prompt.repeat_interleave(K, 0), pad.repeat_interleave(K)
+        alive = torch.ones(15, dtype=torch.bool)
+        for t in range(R):                           # one token at a time, everything recomputed
+            logits = gpt(tokens, pads)[:, -1]
+            if temperature:
+                logits = logits / temperature
+                if top_k:
+                    kth = logits.sort(-1, descending=True).values[:, top_k - 1:top_k]
+                    logits[logits < kth] = -math.inf
+                logits = logits + noise[:, t]
+            token = logits.argmax(-1).where(alive, eos)
+            assert torch.equal(token, response[:, t]) and torch.equal(alive, mask[:, t])
+            alive = alive & (token != eos)
+            tokens = torch.cat((tokens, token[:, None]), 1)
+        logprobs, entropy = gpt.logprobs(tokens, pads, 8)
+        full = gpt(tokens, pads)[:, 7:-1].log_softmax(-1)
+        assert (logprobs - full.gather(-1, response[..., None])[..., 0]).abs().max() < 1e-5
+        assert (entropy + (full.exp() * full).sum(-1)).abs().max() < 1e-5
+    assert not mask.all() or alive.all()
+    again = gpt.generate(prompt, pad, R, eos, rng=torch.Generator().manual_seed(3))[0]
+    assert torch.equal(again, gpt.generate(prompt, pad, R, eos,
+                                           rng=torch.Generator().manual_seed(3))[0])
+
+
+def test_samples_follow_the_softmax():
+    gpt, n = tiny_gpt(vocab_size=5), 20000
+    prompt = torch.tensor([[1, 2, 3]])
+    response, _, _ = gpt.generate(prompt, torch.zeros(1, dtype=torch.long), 1, 4, n,
+                                  rng=torch.Generator().manual_seed(0))
+    p = gpt(prompt)[0, -1].softmax(-1)
+    counts = torch.bincount(response[:, 0], minlength=5)
+    chi2 = ((counts - n * p) ** 2 / (n * p)).sum().item()
+    assert chi2 < 18.47, chi2                        # 4 degrees of freedom, one in a thousand
+
+
+def test_generation_stops_when_all_rows_ended():
+    gpt, calls = tiny_gpt(), []
+    with torch.no_grad():
+        gpt.wte.weight[12] = 50 * gpt.ln_f.bias.copy_(torch.ones(8))     # eos always wins
+    decode, gpt.decode = gpt.decode, lambda *a: calls.append(1) or decode(*a)
+    response, mask, _ = gpt.generate(torch.ones(4, 3, dtype=torch.long),
+                                     torch.zeros(4, dtype=torch.long), 9, 12)
+    assert (response == 12).all() and mask.sum() == 4 and not calls
+
+
+def test_chunked_logprobs_equal_whole_ones():
+    gpt, tokens = tiny_gpt(), torch.randint(0, 13, (4, 9))
+    grads, values, kept = [], [], model.HEAD_CHUNK
+    for chunk in kept, 13 * 5:
+        model.HEAD_CHUNK = chunk
+        gpt.zero_grad()
+        logprobs, _ = gpt.logprobs(tokens)
+        logprobs.sum().backward()
+        values.append(logprobs)
+        grads.append(gpt.wte.weight.grad.clone())
+    model.HEAD_CHUNK = kept
+    assert (values[0] - values[1]).abs().max() < 1e-6
+    assert (grads[0] - grads[1]).abs().max() < 1e-4
+
+
+def test_checkpoints_are_strict_and_execute_nothing():
+    path = folder('files')
+    gpt = tiny_gpt()
+    gpt.save_pretrained(path)
+    raises(FileNotFoundError, ['nowhere', '--init_from'], GPT.from_pretrained, 'nowhere')
+    raises(FileNotFoundError, ['model.safetensors'], GPT.from_pretrained, str(folder('empty')))
+    weights = model.load_file(path / 'model.safetensors')
+    for change, words in (({'h.0.ln_1.bias': None}, ['lacks h.0.ln_1.bias']),
+                          ({'h.0.extra': torch.ones(2)}, ['unknown h.0.extra']),
+                          ({'ln_f.bias': torch.ones(9)}, ['misshapen ln_f.bias (9,) for (8,)']),
+                          ({'lm_head.weight': torch.ones(13, 8)}, ['tied'])):
+        wrong = {k: v for k, v in {**weights, **change}.items() if v is not None}
+        model.save_file(wrong, path / 'model.safetensors')
+        raises(ValueError, words, GPT.from_pretrained, str(path))
+    config = json.loads((path / 'config.json').read_text())
+    model.save_file(weights, path / 'model.safetensors')
+    (path / 'config.json').write_text(json.dumps({**config, 'activation_function': 'relu'}))
+    raises(ValueError, ['relu', 'gelu_new'], GPT.from_pretrained, str(path))
+    (path / 'model.safetensors').write_bytes(b'{')
+    raises(ValueError, ['model.safetensors'], GPT.from_pretrained, str(path))
+
+    canary = path / 'canary'
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f'touch {canary}',)
+
+    torch.save({'model': Bomb()}, path / 'bomb.pt')
+    raises(ValueError, ['bomb.pt', 'nothing executed'], load_checkpoint, path / 'bomb.pt')
+    assert not canary.exists()
+    save_checkpoint(path / 'good.pt', {'x': torch.arange(1000)})
+    whole = (path / 'good.pt').read_bytes()
+    for cut in 0, 1, 100, len(whole) // 2, len(whole) - 1:
+        (path / 'cut.pt').write_bytes(whole[:cut])
+        raises(ValueError, ['cut.pt'], load_checkpoint, path / 'cut.pt')
+    raises(FileNotFoundError, ['gone.pt'], load_checkpoint, path / 'gone.pt')
+    raises(ValueError, ['n_embd 10', 'n_head 4'], GPTConfig, n_embd=10, n_head=4)
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint():
+    path = folder('atomic') / 'ckpt.pt'
+    save_checkpoint(path, {'x': 1})
+
+    class Unsavable:
+        def __reduce__(self):
+            raise OSError('disk full')
+
+    raises(OSError, ['disk full'], save_checkpoint, path, {'x': Unsavable()})
+    assert load_checkpoint(path) == {'x': 1}
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def test_em_and_f1_on_hand_made_cases():
+    examples = [{'answers': ['the Old Bridge', 'bridge'], 'id': ''}, {'answers': [], 'id': ''}]
+    for answers, has, no in ((['Bridge!', 'unanswerable'], (100, 100), (100, 100)),
+                             (['an old bridge', ''], (100, 100), (100, 100)),
+                             (['new bridge', 'Rome'], (0, 200 / 3), (0, 0)),
+                             (['unanswerable', 'Unanswerable.'], (0, 0), (100, 100)),
+                             (['tower', 'the'], (0, 0), (100, 100))):
+        out = data.score_answers(answers, examples)
+        assert np.allclose((out['has_em'], out['has_f1']), has), (answers, out)
+        assert np.allclose((out['no_em'], out['no_f1']), no), (answers, out)
+        assert math.isclose(out['f1'], (out['has_f1'] + out['no_f1']) / 2)
+    assert math.isclose(data.f1('a b b c', 'b b d'), 2 * 2 / (3 + 3))    # `a` is an article
+
+
+def test_order_is_a_pure_function_and_an_epoch_holds_everything():
+    batches = [data.order(10, 4, 7, step) for step in range(5)]
+    assert sorted(np.concatenate(batches)[:10]) == sorted(np.concatenate(batches)[10:]) \
+        == list(range(10))
+    assert np.array_equal(data.order(10, 4, 7, 3), batches[3])
+    assert not np.array_equal(data.order(10, 4, 8, 0), batches[0])
+    assert sorted(data.order(3, 7, 0, 0)[:3]) == [0, 1, 2]
+
+
+def test_toy_set():
+    enc = data.load_tokenizer('toy')
+    train, dev = data.load_examples('toy', 'train'), data.load_examples('toy', 'dev')
+    assert train == data.load_examples('toy', 'train')
+    contexts = [{s for e in split for s in e['context'].split(' . ')} for split in (train, dev)]
+    assert not contexts[0] & contexts[1]
+    for e in train + dev:
+        assert all(e['context'][e['start']:].startswith(a) for a in e['answers'])
+    share = np.mean([not e['answers'] for e in train])
+    assert .28 < share < .38, share
+    cfg = reinforce.parse(['--tiny'])
+    for split in (data.Split(s, enc, cfg.max_prompt, cfg.max_response) for s in (train, dev)):
+        assert not split.cut_prompts and not split.cut_responses
+    text = f'[CONTEXT] {dev[0]["context"]}\n[QUESTION] {dev[0]["question"]}\n[ANSWER] größer'
+    assert enc.decode(enc.encode_ordinary(text)) == text
+    assert len(enc.encode_ordinary(' ' + dev[0]['context'])) == len(dev[0]['context'].split())
+
+
+def test_prompts_are_cut_where_they_should_be():
+    enc = data.load_tokenizer('toy')
+    words = [f'{a} {b}' for a in data.FIRST[:5] for b in data.LAST[:2]]
+    context = ' '.join(words)
+    for at in 0, 9, 19:
+        answer = context.split()[at]
+        example = {'context': context, 'question': 'Who ?', 'answers': [answer],
+                   'start': context.index(answer)}
+        tokens, cut = data.encode_prompt(example, enc, 12, train=True)
+        assert cut and len(tokens) == 12 and answer in enc.decode(tokens)
+        tokens, cut = data.encode_prompt(example, enc, 12)
+        assert enc.decode(tokens).split('\n')[0].endswith(context.split()[-1])
+    assert enc.decode(data.encode_prompt(example, enc, 99)[0]) == \
+        f'[CONTEXT] {context}\n[QUESTION] Who ?\n[ANSWER]'
+    assert enc.decode(data.encode_prompt(example, enc, 99, context=False)[0]) == \
+        '[QUESTION] Who ?\n[ANSWER]'
+    split = data.Split([example], enc, 3, 1, train=True)
+    assert (split.cut_prompts, split.cut_responses, split.lengths.tolist()) == (1, 1, [1])
+
+
+def test_batches_are_padded_and_masked():
+    enc = data.load_tokenizer('toy')
+    split = data.Split(data.toy_examples('dev', 20), enc, 45, 7)
+    batch = split.batch([3, 5])
+    for row, i in enumerate((3, 5)):
+        example, pad, n = split.examples[i], batch.pad[row], batch.mask[row].sum()
+        assert (batch.prompt[row, :pad] == enc.eot_token).all()
+        assert enc.decode(batch.prompt[row, pad:].tolist()).endswith('[ANSWER]')
+        answer = example['answers'][0] if example['answers'] else data.UNANSWERABLE
+        assert enc.decode(batch.response[row, :n].tolist()) == f' {answer}<|endoftext|>'
+        assert (batch.response[row, n:] == enc.eot_token).all() and not batch.mask[row, n:].any()
+    assert data.to_text(batch.response, batch.mask, enc)[0] == (
+        split.examples[3]['answers'] or [data.UNANSWERABLE])[0]
+
+
+def test_diversity_figures():
+    response = torch.tensor([[1, 1, 1, 2], [1, 2, 9, 9]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    assert data.longest_run(response, mask).tolist() == [3, 1]
+    assert data.distinct(response, mask, 2) == 3 / 5      # 11 11 12 | 12 29
+    assert data.distinct(response[:, :1], mask[:, :1], 2) == 0
+
+
+def squad_file(path, articles):
+    path.write_text(json.dumps({'version': 'v2.0', 'data': articles}))
+
+
+def test_squad_files_are_checked():
+    path = folder('squad')
+    qa = {'id': 'q7', 'question': 'Who?', 'is_impossible': False,
+          'answers': [{'text': 'Ada', 'answer_start': 0}]}
+    no = {'id': 'q8', 'question': 'Why?', 'is_impossible': True, 'answers': []}
+    file = path / data.FILES['dev']
+    raises(FileNotFoundError, ['dev-v2.0.json', '--data'], data.load_examples, str(path), 'dev')
+    squad_file(file, [{'title': '', 'paragraphs': [{'context': 'Ada .', 'qas': [qa, no]}]}])
+    assert data.load_examples(str(path), 'dev') == [
+        {'id': 'q7', 'context': 'Ada .', 'question': 'Who?', 'answers': ['Ada'], 'start': 0},
+        {'id': 'q8', 'context': 'Ada .', 'question': 'Why?', 'answers': [], 'start': -1}]
+    for change, words in (({'question': None}, ['q7', 'question', 'NoneType']),
+                          ({'answers': [{'text': 'Ada'}]}, ['q7', 'answer_start']),
+                          ({'answers': []}, ['q7', 'is_impossible']),
+                          ({'id': 7}, ['article 0', 'id'])):
+        squad_file(file, [{'paragraphs': [{'context': 'Ada .', 'qas': [{**qa, **change}]}]}])
+        raises(ValueError, ['dev-v2.0.json', *words], data.load_examples, str(path), 'dev')
+    squad_file(file, [])
+    raises(ValueError, ['no question'], data.load_examples, str(path), 'dev')
+    file.write_text('{"data": [')
+    raises(ValueError, ['not JSON'], data.load_examples, str(path), 'dev')
+
+
+def test_real_squad():
+    if not SHARED.is_dir():
+        raise unittest.SkipTest('the SQuAD files are not beside this repository')
+    enc = data.load_tokenizer('squad')
+    dev = data.load_examples(str(SHARED / 'squad'), 'dev')
+    assert len(dev) == 1895 and sum(not e['answers'] for e in dev) == 914
+    train = data.load_examples(str(SHARED / 'squad'), 'train')
+    split = data.Split(train, enc, 128, 32, train=True)
+    assert len(split) == 12129 and split.cut_prompts > 5000
+    lost = sum(e['answers'][0] not in enc.decode(p.tolist()) for e, p in
+               zip(train, split.prompts) if e['answers'])
+    assert lost < 20, lost                           # the cut keeps the answer in the prompt
+
+
+# -----------------------------------------------------------------------------
+# reinforce: oracles
+
+
+def every_response(V, R, eos):
+    """All responses of at most R tokens as (n, R) ids filled with eos, and their mask."""
+    rows = []
+    for y in itertools.product(range(V), repeat=R):
+        end = next((t for t, token in enumerate(y) if token == eos), R - 1)
+        if all(token == eos for token in y[end + 1:]):
+            rows.append((y, [t <= end for t in range(R)]))
+    return torch.tensor([y for y, _ in rows]), torch.tensor([m for _, m in rows])
+
+
+def enumerated():
+    """A float64 policy, its reference, and all 15 responses to one prompt, with rewards of tokens
+    that depend on the tokens up to them and on nothing to their right."""
+    V, R, eos = 3, 3, 2
+    policy, reference = (tiny_gpt(seed, vocab_size=V, n_layer=1).double() for seed in (1, 2))
+    response, mask = every_response(V, R, eos)
+    tokens = torch.cat((torch.tensor([[0, 1]]).expand(len(response), -1), response), 1)
+    with torch.no_grad():
+        ref_logprobs = reference.logprobs(tokens, None, 2)[0]
+    assert len(response) == 15
+    table = torch.randn(V ** R, R, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    prefix = (response * V ** torch.arange(R)).cumsum(1)
+    reward = torch.stack([table[prefix[:, t], t] for t in range(R)], 1) * mask
+    return policy, tokens, mask, ref_logprobs, reward
+
+
+def gradient(network, value):
+    grads = torch.autograd.grad(value, list(network.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
+
+
+def test_reinforce_gradient_is_exact():
+    policy, tokens, mask, ref_logprobs, reward = enumerated()
+    beta, n = .3, len(tokens)
+    logprobs = policy.logprobs(tokens, None, 2)[0] * mask
+    p = logprobs.sum(1).exp()
+    assert abs(p.sum().item() - 1) < 1e-9
+    log_ratio = (logprobs - ref_logprobs * mask).sum(1)
+    exact = gradient(policy, (p * (reward.sum(1) - beta * log_ratio)).sum())
+    rewards = (reward - beta * (logprobs - ref_logprobs * mask)).detach()
+
+    logprobs = policy.logprobs(tokens, None, 2)[0]
+    A = reinforce.advantages(rewards, 1, 'final', 'mean', .7)
+    loss = sum(q * reinforce.policy_loss(logprobs[i:i + 1], A[i:i + 1], mask[i:i + 1])
+               for i, q in enumerate(p.detach()))
+    assert (gradient(policy, -loss) - exact).abs().max() < 1e-9
+
+    for kind in 'final', 'dense':                    # leave-one-out: all pairs of responses
+        logprobs = policy.logprobs(tokens, None, 2)[0]
+        loss = 0.
+        for i, j in itertools.product(range(n), repeat=2):
+            A = reinforce.advantages(rewards[[i, j]], 2, kind, 'loo', 0.)
+            loss = loss + p[i].detach() * p[j].detach() / 2 * reinforce.policy_loss(
+                logprobs[[i, j]], A, mask[[i, j]])
+        assert (gradient(policy, -loss) - exact).abs().max() < 1e-9, kind
+
+
+def test_generator_step_takes_the_gradient_of_its_parts():
+    cfg = reinforce.parse(['--tiny', '--beta', '.3', '--grad_clip', '1e9', '--micro_batch', '4'])
+    policy = tiny_gpt(3)
+    batch = data.Batch(torch.randint(0, 12, (4, 5)), torch.tensor([0, 1, 2, 0]),
+                       torch.randint(0, 12, (4, 3)), torch.ones(4, 3).bool())
+    roll = reinforce.rollout(policy, tiny_gpt(4), batch, 12, torch.Generator().manual_seed(0),
+                             reinforce.replace(cfg, device='cpu', dtype='float32', max_response=3))
+    rewards = torch.randn(8, 3) * roll.mask
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.)
+    cfg.device, cfg.dtype = 'cpu', 'float32'
+    reinforce.generator_step(policy, optimizer, roll, rewards, batch, .5, 0., 0., cfg)
+    got = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    logprobs, _ = policy.logprobs(torch.cat((roll.prompt, roll.response), 1), roll.pad, 5)
+    total = rewards - .3 * (logprobs.detach() - roll.ref_logprobs) * roll.mask
+    A = reinforce.advantages(total, 2, 'final', 'loo', 0.)
+    wanted = gradient(policy, reinforce.policy_loss(logprobs, A, roll.mask) / 8
+                      + .5 * reinforce.mle_loss(policy, batch))
+    assert (got - wanted).abs().max() < 1e-5
+
+
+def test_dense_rewards_telescope_to_the_final_one():
+    g = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(50, 6, generator=g)
+    lengths = torch.randint(1, 7, (50, 1), generator=g)
+    mask = torch.arange(6) < lengths
+    ended = torch.rand(50, generator=g) < .7
+    args = (scores, mask, ended, .4, 1.7)
+    final, dense = (reinforce.token_rewards(*args, kind, 2., -1.) for kind in ('final', 'dense'))
+    assert (final.sum(1) - dense.sum(1)).abs().max() < 1e-5
+    assert ((final != 0).sum(1) == 1).all() and not dense[~mask].any()
+    assert (final.sum(1)[~ended] == -1).all()
+    end = scores.gather(1, lengths - 1)[:, 0]
+    assert torch.allclose(final.sum(1)[ended], ((end - .4) / 1.7).clamp(-2, 2)[ended])
+
+
+def test_discriminator_gradient_is_that_of_the_objective():
+    """Of the poster's, log D(x, y*) + log(1 - D(x, y)), written by hand; ties and eos included."""
+    eos = 12
+    real = torch.tensor([[1, 2, eos, eos], [3, eos, eos, eos], [4, 5, 6, 7]])
+    fake = torch.tensor([[1, 3, 3, eos], [3, eos, eos, eos], [eos, eos, eos, eos]])
+    ends = {'real': [2, 1, 3], 'fake': [3, 1, 0]}    # columns of the last real token
+    masks = [torch.arange(4) <= torch.tensor(e)[:, None] for e in ends.values()]
+    prompt, pad = torch.randint(0, 12, (3, 5)), torch.tensor([0, 2, 4])
+    pairs = reinforce.Pairs(prompt, pad, real, masks[0], fake, masks[1])
+    network = Discriminator(tiny_gpt()).eval()
+    torch.nn.init.normal_(network.score.weight)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.)
+    for kind, prefixes in itertools.product(('minimax', 'pair'), (False, True)):
+        cfg = reinforce.parse(['--d_loss', kind, '--d_lr', '0', '--grad_clip', '1e9'])
+        cfg.d_prefixes, cfg.device, cfg.dtype, cfg.micro_batch = prefixes, 'cpu', 'float32', 2
+        out = reinforce.discriminator_step(network, optimizer, pairs, 3, False, cfg)
+        got = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        s_real, s_fake = network(prompt, real, pad), network(prompt, fake, pad)
+        loss, right = 0., []
+        # (row, first difference): row 1 is a tie and in no loss
+        for row, first in (0, 1), (2, 0):
+            last = max(ends['real'][row], ends['fake'][row])
+            columns = range(first, last + 1) if prefixes else [last]
+            terms = []
+            for t in columns:
+                a = s_real[row, min(t, ends['real'][row])]
+                b = s_fake[row, min(t, ends['fake'][row])]
+                terms.append(-torch.log(torch.sigmoid(a - b)) if kind == 'pair' else
+                             -torch.log(torch.sigmoid(a)) - torch.log(1 - torch.sigmoid(b)))
+            loss = loss + sum(terms) / len(terms) / 2
+            right.append((a > b).item())
+        assert (got - gradient(network, loss)).abs().max() < 1e-5, (kind, prefixes)
+        assert abs(out['d_loss'] - loss.item()) < 1e-5
+        assert abs(out['tie_rate'] - 1 / 3) < 1e-6 and out['d_acc'] == np.mean(right)
+
+
+def test_a_batch_of_ties_moves_no_discriminator():
+    cfg = reinforce.parse(['--tiny'])
+    cfg.dtype = 'float32'
+    network = Discriminator(tiny_gpt()).eval()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    ids, mask = torch.ones(4, 3, dtype=torch.long), torch.ones(4, 3).bool()
+    pairs = reinforce.Pairs(ids, torch.zeros(4, dtype=torch.long), ids, mask, ids, mask)
+    out = reinforce.discriminator_step(network, reinforce.adamw(network, cfg), pairs, 4, False, cfg)
+    assert out == {'d_loss': None, 'd_acc': None, 'tie_rate': 1.0}
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_eos_is_trained_and_what_follows_it_is_not():
+    gpt, eos = tiny_gpt(), 12
+    prompt, pad = torch.randint(0, 12, (1, 4)), torch.zeros(1, dtype=torch.long)
+    mask = torch.tensor([[True, True, False]])
+    losses = [reinforce.mle_loss(gpt, data.Batch(prompt, pad, torch.tensor([[3, eos, t]]), mask))
+              for t in (eos, 5)]
+    assert torch.equal(*losses)
+    before = gpt(torch.cat((prompt, torch.tensor([[3]])), 1))[0, -1].softmax(-1)[eos]
+    optimizer = torch.optim.SGD(gpt.parameters(), lr=.1)
+    losses[0].backward()
+    optimizer.step()
+    assert gpt(torch.cat((prompt, torch.tensor([[3]])), 1))[0, -1].softmax(-1)[eos] > before
+
+
+# -----------------------------------------------------------------------------
+# the road: runs, resumes, command lines
+
+SMALL = ['--tiny', '--n_layer', '1', '--n_embd', '16', '--sft_iters', '4', '--iters', '4',
+         '--batch_size', '8', '--eval_interval', '2', '--eval_prompts', '12', '--d_warmup_iters',
+         '1', '--d_replay', '.5', '--d_dropout', '.1', '--sft_batch_size', '8']
+
+
+class After:
+    """Turns true, as a caught signal does, once metrics.jsonl holds n records with `key`."""
+
+    def __init__(self, out, key, n):
+        self.path, self.key, self.n = out / 'metrics.jsonl', key, n
+
+    def __bool__(self):
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return sum(self.key in json.loads(line) for line in lines) >= self.n
+
+
+def records(out):
+    rows = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()[1:]]
+    return [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
+
+
+def same(a, b):
+    """Equality bit for bit of nested values with tensors."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one():
+    whole = folder('whole')
+    reinforce.train(reinforce.parse([*SMALL, '--out_dir', str(whole)]))
+    for key, n in ('sft_iter', 3), ('reward', 2), ('reward', 3):
+        parts = folder('parts')
+        flags = [*SMALL, '--out_dir', str(parts)]
+        assert reinforce.train(reinforce.parse(flags), After(parts, key, n)) is None
+        reinforce.train(reinforce.parse(['--resume', '--out_dir', str(parts)]))
+        assert records(parts) == records(whole), key
+        for name in 'ckpt.pt', 'sft.pt':
+            a, b = (load_checkpoint(out / name) for out in (whole, parts))
+            for saved in a, b:
+                assert saved['settings'].pop('out_dir')
+            assert same(a, b), (key, n, name)
+    assert records(whole)[-1].keys() == {'final'}
+    assert (whole / 'curves.png').stat().st_size > 1000
+
+
+def test_variants_run():
+    poster = ['--baseline', 'mean', '--samples', '1', '--d_samples', '1', '--d_loss', 'minimax',
+              '--no-d_prefixes', '--no-context', '--sft_iters', '0', '--anchor', '0',
+              '--anchor_end', '0', '--d_warmup_iters', '0', '--d_max_acc', '1']
+    for flags in (poster, ['--reward', 'dense'], ['--dtype', 'bfloat16'], ['--max_response', '1'],
+                  ['--iters', '0']):
+        out = folder('variant')
+        result = reinforce.train(reinforce.parse([*SMALL, '--out_dir', str(out), *flags]))
+        assert math.isfinite(result['tuned']['f1']), flags
+
+
+def test_control_spends_the_time_on_mle():
+    out = folder('control')
+    result = reinforce.train(reinforce.parse([*SMALL, '--out_dir', str(out), '--control']))
+    assert 'more MLE' in result and 'tuned' not in result
+    rows = [r for r in records(out) if 'iter' in r and 'dev' not in r]
+    assert len(rows) == 4 and all(r.keys() == {'iter', 'mle'} for r in rows)
+    assert load_checkpoint(out / 'ckpt.pt')['running']['control_steps'] >= 1
+    assert not (out / 'timing').exists()
+
+
+def test_compiled_iterations_equal_eager_ones():
+    if not shutil.which('g++'):
+        raise unittest.SkipTest('torch.compile needs g++ on CPU')
+    figures = []
+    for flag in '--no-compile', '--compile':
+        out = folder('compiled')
+        reinforce.train(reinforce.parse([*SMALL, '--out_dir', str(out), '--d_dropout', '0', flag]))
+        figures.append([r for r in records(out) if 'g_loss' in r])
+    assert len(figures[0]) >= 2
+    for a, b in zip(*figures):
+        for key in 'g_loss', 'kl', 'entropy', 'reward', 'd_loss', 'mle':
+            assert abs(a[key] - b[key]) < 1e-4, (key, a[key], b[key])
+
+
+def test_a_collapse_stops_the_run():
+    out, kept = folder('collapse'), reinforce.health
+    reinforce.health = lambda *a: {**kept(*a), 'sick': True}
+    try:
+        raises(FloatingPointError, ['collapsed by iteration', 'ckpt.pt'], reinforce.train,
+               reinforce.parse([*SMALL, '--iters', '40', '--eval_interval', '10',
+                                '--out_dir', str(out)]))
+    finally:
+        reinforce.health = kept
+    assert load_checkpoint(out / 'ckpt.pt')['iter'] == 0
+
+
+def command(script, *flags, expect=0, **kwargs):
+    out = subprocess.run([sys.executable, HERE / script, *map(str, flags)], capture_output=True,
+                         text=True, cwd=SCRATCH, timeout=300, **kwargs)
+    assert out.returncode == expect, (out.returncode, out.stdout[-500:], out.stderr[-2000:])
+    return out
+
+
+def test_a_mistake_is_one_sentence():
+    full, empty = folder('full'), folder('no squad')
+    (full / 'metrics.jsonl').write_text('')
+    for flags, words, code in (
+            (['--lr', '-1'], ['--lr -1', 'at least 0'], 1),
+            (['--tiny', '--max_response', '0'], ['--max_response 0', 'at least 1'], 1),
+            (['--tiny', '--n_embd', '10', '--out_dir', SCRATCH / 'a'], ['n_embd 10', 'n_head'], 1),
+            (['--tiny', '--out_dir', full], [str(full), '--resume', '--overwrite'], 1),
+            (['--resume', '--out_dir', SCRATCH / 'b'], ['--resume', 'no checkpoint'], 1),
+            (['--data', empty, '--out_dir', SCRATCH / 'c'], [str(empty), 'train-v2.0.json'], 1),
+            (['--tiny', '--init_from', 'gone.bin', '--out_dir', SCRATCH / 'd'], ['gone.bin'], 1),
+            (['--tiny', '--baseline', 'loo', '--samples', '1', '--d_samples', '1'],
+             ['--samples 1', '--baseline mean'], 1),
+            (['--learning_rate', '1'], ['--learning_rate'], 2),
+            (['--d_loss', 'wgan'], ['--d_loss', 'minimax'], 2)):
+        err = command('reinforce.py', *flags, expect=code).stderr.strip()
+        assert 'Traceback' not in err and all(w in err for w in words), (flags, err)
+        assert code == 2 or '\n' not in err, err
+    err = command('sample.py', '--ckpt', 'gone.pt', '--question', 'Who?', expect=1).stderr.strip()
+    assert 'gone.pt' in err and '\n' not in err
+
+
+def test_a_signal_saves_and_exits():
+    out = folder('signalled')
+    for number in signal.SIGINT, signal.SIGTERM:     # the second one goes on from the first
+        flags = ['--resume'] if (out / 'sft.pt').exists() else SMALL
+        process = subprocess.Popen(
+            [sys.executable, HERE / 'reinforce.py', *flags, '--iters', '100000', '--out_dir', out],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        before = sum('reward' in r for r in records(out)) if (out / 'sft.pt').exists() else 0
+        while process.poll() is None and not After(out, 'reward', before + 5):
+            time.sleep(.05)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number, process.stderr.read()
+        saved = load_checkpoint(out / 'ckpt.pt')
+        assert saved['iter'] == max(r['iter'] for r in records(out) if 'reward' in r) + 1
+
+
+def test_the_commands_of_the_readme():
+    out = SCRATCH / 'a run'
+    shutil.rmtree(out, ignore_errors=True)
+    text = command('reinforce.py', *SMALL, '--out_dir', out).stdout
+    assert re.search(r'warm start +[\d.]+.*\ntuned +[\d.]+', text), text
+    assert (out / 'samples.txt').read_text().count('question  ') == 12
+    ckpt = out / 'ckpt.pt'
+    command('sample.py', '--ckpt', ckpt, '--question', 'Who ?', '--context', 'Ada built it .')
+    text = command('sample.py', '--compare', out / 'sft.pt', ckpt, '--prompts', '3').stdout
+    assert text.count(str(ckpt)) == 3 and text.count('gold  ') == 3
+    assert '--no-context' in command('reinforce.py', '--help').stdout
+
+
+def test_every_field_has_a_comment_and_stations_stand_in_order():
+    banners = ['config', 'losses', 'rollout and evaluation', 'training']
+    stations = ['setup', 'data', 'models', 'warm start', 'resume', 'evaluate and checkpoint',
+                'rollout', 'discriminator step', 'generator step', 'log']
+    for script in SCRIPTS:
+        source = inspect.getsource(script)
+        notes = re.findall(r'^    (\w+):.*?  # +(.*)$', inspect.getsource(script.Config), re.M)
+        assert [n for n, _ in notes] == [f.name for f in fields(script.Config)]
+        assert re.findall(r'^# -+\n# ([\w ]+)', source, re.M) == banners
+        body = inspect.getsource(script.train)
+        assert re.findall(r'^ +# ([a-z ]+)$', body, re.M) == stations, body
+
+
+# -----------------------------------------------------------------------------
+
+
+def main(part=''):
+    """Runs the tests whose name holds `part`; exit code 1 if one fails or none matched."""
+    tests = [(n, t) for n, t in globals().items() if n.startswith('test_') and part in n]
+    passed = failed = skipped = 0
+    for name, test in tests:
+        start, kept = time.perf_counter(), sys.stdout
+        sys.stdout = io.StringIO()
+        try:
+            test()
+            verdict, passed = 'ok', passed + 1
+        except unittest.SkipTest as e:
+            verdict, skipped = f'skipped: {e}', skipped + 1
+        except Exception:
+            import traceback
+            verdict, failed = f'FAILED\n{traceback.format_exc()}', failed + 1
+        finally:
+            sys.stdout = kept
+        print(f'{name}  {time.perf_counter() - start:.1f} s  {verdict}', flush=True)
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    print(f'{passed} passed, {failed} failed, {skipped} skipped')
+    sys.exit(1 if failed or not tests else 0)
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:2])
