@@ -279,6 +279,8 @@ class GPT(nn.Module):
         if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, weight.device):
             self.kept_cache = None                  # let go of the old one before the new one
             self.kept_cache = torch.zeros(shape, dtype=dtype, device=weight.device)
+            # it is written in place, which CUDA graphs allow at a fixed address only
+            torch._dynamo.mark_static_address(self.kept_cache)
         return self.kept_cache
 
     def compile(self):

@@ -13,8 +13,10 @@ they would be 1), nucleus sampling (the policy that samples is the policy that i
 """
 
 import argparse
+import contextlib
 import copy
 import inspect
+import io
 import json
 import math
 import os
@@ -423,10 +425,9 @@ def generator_step(generator, optimizer, roll, rewards, batch, anchor, baseline,
         loss = policy_loss(logprobs, advantages(total, cfg.samples, cfg.reward, cfg.baseline,
                                                 baseline), r.mask) / N
         loss.backward()
-        # logged is k3 of Schulman 2020: unbiased for KL(pi || reference), and never negative
-        k3 = ((-log_ratio).exp() - 1 + log_ratio) * r.mask
-        sums += torch.stack((loss.detach(), k3.sum(), (entropy * r.mask).sum(), r.mask.sum(),
-                             total.sum()))
+        # the mean of k1 is the KL; k3 of Schulman 2020 has single tokens of e^10 once pi is sharp
+        sums += torch.stack((loss.detach(), log_ratio.sum(), (entropy * r.mask).sum(),
+                             r.mask.sum(), total.sum()))
     with autocast(cfg):
         mle = mle_loss(generator, batch)
     if anchor:
@@ -462,7 +463,8 @@ def control_steps(generator, train_set, cfg):
     trial = replace(cfg, out_dir=str(folder), init_from=str(Path(cfg.out_dir) / 'sft.pt'),
                     control=False, resume=False, overwrite=True, sft_iters=0, iters=10,
                     d_warmup_iters=2, eval_interval=10, eval_prompts=1, log_interval=11)
-    seconds = train(trial)['seconds']
+    with contextlib.redirect_stdout(io.StringIO()):
+        seconds = train(trial)['seconds']
     shutil.rmtree(folder)
     twin = copy.deepcopy(generator)
     optimizer, times = adamw(twin, cfg), []
@@ -571,6 +573,8 @@ def open_log(out, cfg, sft_iter, iteration):
             record = json.loads(line)
         except json.JSONDecodeError:                                         # torn by a crash
             break
+        if 'final' in record:                                                # of a finished run
+            break
         if record.get('sft_iter', -1) < sft_iter and record.get('iter', -1) < iteration:
             kept.append(line)
     header = json.dumps({'config': asdict(cfg), 'python': sys.version.split()[0],
@@ -600,8 +604,9 @@ def plot_curves(out):
     import matplotlib.pyplot as plt
     records = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()[1:]]
     panels = [('reward', 'generator reward (mean score, logits)'), ('d_loss', 'd_loss (nats)'),
-              ('d_acc', 'd_acc (pairs told apart)'), ('kl', 'KL from warm start (nats/token)'),
-              ('entropy', 'entropy (nats/token)'), ('f1', 'F1 on dev (percent)')]
+              ('d_acc_mean', 'd_acc (pairs told apart, running mean)'),
+              ('kl', 'KL from warm start (nats/token)'), ('entropy', 'entropy (nats/token)'),
+              ('f1', 'F1 on dev (percent)')]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout='constrained')
     for ax, (key, title) in zip(axes.flat, panels):
         if key == 'f1':
@@ -752,6 +757,7 @@ def train(cfg, caught=()):
         record |= discriminator_step(discriminator, d_optimizer, pairs, n_new, skip, cfg)
         if record['d_acc'] is not None:
             running['d_acc'] = .9 * running['d_acc'] + .1 * record['d_acc']
+        record['d_acc_mean'] = running['d_acc']
         lap('discriminator')
 
         # generator step
