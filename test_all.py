@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -646,7 +647,10 @@ def test_compiled_iterations_equal_eager_ones():
     figures = []
     for flag in '--no-compile', '--compile':
         out = folder('compiled')
-        reinforce.train(reinforce.parse([*SMALL, '--out_dir', str(out), '--d_dropout', '0', flag]))
+        # evaluation in batches of the rollout's size: a graph for each size costs seconds
+        reinforce.train(reinforce.parse([*SMALL, '--out_dir', str(out), '--d_dropout', '0', flag,
+                                         '--sft_iters', '1', '--iters', '3', '--eval_prompts', '8',
+                                         '--eval_interval', '3', '--d_warmup_iters', '0']))
         figures.append([r for r in records(out) if 'g_loss' in r])
     assert len(figures[0]) >= 2
     for a, b in zip(*figures):
@@ -676,7 +680,7 @@ def command(script, *flags, expect=0, **kwargs):
 def test_a_mistake_is_one_sentence():
     full, empty = folder('full'), folder('no squad')
     (full / 'metrics.jsonl').write_text('')
-    for flags, words, code in (
+    cases = (
             (['--lr', '-1'], ['--lr -1', 'at least 0'], 1),
             (['--tiny', '--max_response', '0'], ['--max_response 0', 'at least 1'], 1),
             (['--tiny', '--n_embd', '10', '--out_dir', SCRATCH / 'a'], ['n_embd 10', 'n_head'], 1),
@@ -687,8 +691,10 @@ def test_a_mistake_is_one_sentence():
             (['--tiny', '--baseline', 'loo', '--samples', '1', '--d_samples', '1'],
              ['--samples 1', '--baseline mean'], 1),
             (['--learning_rate', '1'], ['--learning_rate'], 2),
-            (['--d_loss', 'wgan'], ['--d_loss', 'minimax'], 2)):
-        err = command('reinforce.py', *flags, expect=code).stderr.strip()
+            (['--d_loss', 'wgan'], ['--d_loss', 'minimax'], 2))
+    with ThreadPoolExecutor(2) as pool:
+        errors = pool.map(lambda c: command('reinforce.py', *c[0], expect=c[2]).stderr, cases)
+    for (flags, words, code), err in zip(cases, map(str.strip, errors)):
         assert 'Traceback' not in err and all(w in err for w in words), (flags, err)
         assert code == 2 or '\n' not in err, err
     err = command('sample.py', '--ckpt', 'gone.pt', '--question', 'Who?', expect=1).stderr.strip()
