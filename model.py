@@ -117,8 +117,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """
         Fan-in scaling for training from scratch: matrices 1/sqrt(fan_in), embeddings .3, the last
-        gain .5, which halves the logits. GPT-2's own std .02 is too small for models this narrow:
-        on the toy set it still answered `unanswerable` to everything after 900 steps.
+        gain .5, which halves the logits. GPT-2's own std .02 is small for a model as narrow as
+        the toy's.
         """
         for name, p in self.named_parameters():
             if p.dim() == 2:

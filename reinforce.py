@@ -8,7 +8,7 @@ REINFORCE: the discriminator's score is the reward of a sampled answer.
 $ python reinforce.py --device cuda      GPT-2 124M on SQuAD 2.0
 $ python reinforce.py --tiny             a toy, on a CPU, in minutes
 
-Left out on purpose: a critic (ppo.py has one), importance ratios (one update for each rollout, so
+Left out on purpose: a critic, importance ratios (one update for each rollout, so
 they would be 1), nucleus sampling (the policy that samples is the policy that is scored).
 """
 
@@ -425,7 +425,7 @@ def generator_step(generator, optimizer, roll, rewards, batch, anchor, baseline,
         loss = policy_loss(logprobs, advantages(total, cfg.samples, cfg.reward, cfg.baseline,
                                                 baseline), r.mask) / N
         loss.backward()
-        # the mean of k1 is the KL; k3 of Schulman 2020 has single tokens of e^10 once pi is sharp
+        # the mean of k1 is the KL; k3 of Schulman 2020 jumped to 35 nats a token once pi was sharp
         sums += torch.stack((loss.detach(), log_ratio.sum(), (entropy * r.mask).sum(),
                              r.mask.sum(), total.sum()))
     with autocast(cfg):

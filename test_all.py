@@ -658,6 +658,18 @@ def test_compiled_iterations_equal_eager_ones():
             assert abs(a[key] - b[key]) < 1e-4, (key, a[key], b[key])
 
 
+def test_health_knows_a_collapse():
+    cfg = reinforce.parse(['--tiny', '--samples', '1', '--d_samples', '1', '--baseline', 'mean'])
+    ids = torch.arange(40).view(8, 5)
+    mask, pad = torch.ones(8, 5).bool(), torch.zeros(8, dtype=torch.long)
+    batch = data.Batch(ids, pad, ids, mask)
+    for response, sick in ((ids, False), (ids.roll(1, 0), False),
+                           (torch.full_like(ids, 7), True),                  # could could could
+                           (ids[:1].expand(8, -1), True)):                   # one answer to all
+        roll = reinforce.Rollout(ids, pad, response, mask, mask[:, 0], torch.zeros(8, 5))
+        assert reinforce.health(roll, batch, cfg)['sick'] == sick
+
+
 def test_a_collapse_stops_the_run():
     out, kept = folder('collapse'), reinforce.health
     reinforce.health = lambda *a: {**kept(*a), 'sick': True}
