@@ -91,20 +91,26 @@ class Config:
     d_max_acc: float = 0.85          # steps are skipped while the running pair accuracy is above
     d_dropout: float = 0.1           # in its own step only
     d_replay: float = 0.25           # share of its fakes that are from earlier iterations
+    # reward
+    relative: bool = True            # reward the margin to the gold answer's score, not the score
+    reward: Literal['final', 'dense'] = 'final'  # all at the end, or differences of prefixes'
+    reward_clip: float = 2.0         # bound of a reward that is not relative, deviations
+    no_eos_reward: float = -1.0      # in place of the reward of a response that does not end
     # reinforce
-    reward: Literal['final', 'dense'] = 'final'  # the score at the end, or differences of prefixes'
     baseline: Literal['loo', 'mean'] = 'loo'     # leave-one-out over K, or a running mean
     baseline_decay: float = 0.9      # of the running mean
-    reward_clip: float = 2.0         # bound of the standardised reward, deviations
-    no_eos_reward: float = -1.0      # in place of the score of a response that does not end
 
 
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
-    device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=300, batch_size=64,
-    samples=2, micro_batch=256, anchor=4.0, anchor_end=4.0, lr=4e-3, d_lr=2e-3, d_samples=2,
-    d_warmup_iters=150, d_dropout=0.0, d_replay=0.0, eval_interval=50,
+    device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=350, batch_size=128,
+    samples=2, micro_batch=256, beta=0.0, anchor=4.0, anchor_end=4.0, lr=4e-3, d_lr=2e-3,
+    d_samples=2, d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, d_replay=0.0,
+    eval_interval=25,
 )
+
+
+SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout baseline_decay'.split()  # lie in [0, 1]
 
 
 def parse(argv=None):
@@ -139,28 +145,32 @@ def parse(argv=None):
 
 def check(cfg):
     """Raises a ValueError naming the flag, its value and the remedy."""
-    at_least_one = ('log_interval eval_interval eval_prompts max_prompt max_response n_layer '
-                    'n_head n_embd sft_batch_size batch_size samples micro_batch d_samples').split()
-    shares = 'd_warmup_acc d_max_acc d_replay d_dropout baseline_decay'.split()
+    may_be_0 = 'seed sft_iters iters lr_warmup d_warmup_iters'.split()
     for name, value in asdict(cfg).items():
-        least = 1 if name in at_least_one else -math.inf if name == 'no_eos_reward' else 0
-        most = 1 if name in shares else math.inf
-        if type(value) in (int, float) and not (least <= value <= most and math.isfinite(value)):
+        least = 1 if type(value) is int and name not in may_be_0 else 0
+        least, most = (0, 1) if name in SHARES else (least, math.inf)
+        if type(value) in (int, float) and name != 'no_eos_reward' and not (
+                least <= value <= most and math.isfinite(value)):
             raise ValueError(f'--{name} {value}: give a number of at least {least}' + (
-                f' and at most {most}' if name in shares else ''))
+                f' and at most {most}' if name in SHARES else ''))
     for name in 'grad_clip', 'reward_clip':
         if getattr(cfg, name) == 0:
             raise ValueError(f'--{name} 0: give a number above 0')
     if cfg.d_samples > cfg.samples:
         raise ValueError(f'--d_samples {cfg.d_samples} exceeds --samples {cfg.samples}: lower it')
-    if cfg.micro_batch % cfg.samples:
-        raise ValueError(f'--micro_batch {cfg.micro_batch} with --samples {cfg.samples}: give a '
-                         'multiple, the samples of a prompt are learned from together')
+    if cfg.resume and cfg.overwrite:
+        raise ValueError('--resume with --overwrite: give one of them')
+    check_approach(cfg)
+
+
+def check_approach(cfg):
+    """Like `check`, of what is REINFORCE's alone."""
     if cfg.baseline == 'loo' and cfg.samples < 2:
         raise ValueError(f'--baseline loo with --samples {cfg.samples}: give --samples 2 or more, '
                          'or --baseline mean')
-    if cfg.resume and cfg.overwrite:
-        raise ValueError('--resume with --overwrite: give one of them')
+    if cfg.micro_batch % cfg.samples:
+        raise ValueError(f'--micro_batch {cfg.micro_batch} with --samples {cfg.samples}: give a '
+                         'multiple, the samples of a prompt are learned from together')
 
 
 # -----------------------------------------------------------------------------
@@ -187,20 +197,19 @@ def discriminator_loss(real, fake, kind):
     return F.softplus(-real) + F.softplus(fake)
 
 
-def token_rewards(scores, mask, ended, mean, std, kind, clip, no_eos):
+def token_rewards(values, mask, ended, kind, no_eos):
     """
-    Rewards of tokens from the discriminator's scores, standardised and clipped.
+    Rewards of tokens from the values of the prefixes they end.
 
-    scores     (B, R) s_t, logits
-    mask       (B, R) True up to and including eos; ended (B,) whether eos came within R
-    mean, std  running figures of the score at the end
-    kind       final: all of it at the last token; dense: z_t - z_(t-1) with z_0 = 0, whose sum
-               is the same (a potential, Ng et al. 1999)
-    returns    (B, R), 0 outside the mask
+    values   (B, R) z_t, of what the discriminator thinks of the response up to token t
+    mask     (B, R) True up to and including eos; ended (B,) whether eos came within R
+    kind     final: z at the last token, nothing before; dense: z_t - z_(t-1) with z_0 = 0, whose
+             sum is the same (a potential, Ng et al. 1999)
+    no_eos   in place of the last z of a response that has not ended
+    returns  (B, R), 0 outside the mask
     """
-    z = ((scores - mean) / std).clamp(-clip, clip)
     at_end = mask & ~F.pad(mask[:, 1:], (0, 1))
-    z = torch.where(at_end & ~ended[:, None], no_eos, z)
+    z = torch.where(at_end & ~ended[:, None], no_eos, values)
     if kind == 'final':
         return z * at_end
     return (z - F.pad(z[:, :-1], (1, 0))) * mask
@@ -332,7 +341,7 @@ REPLAY = 4096                # fakes kept for replay
 
 
 def update(network, optimizer, lr, cfg):
-    """Clips the gradient and takes a step; returns the gradient's norm before the clip."""
+    """Clips the gradient, takes a step and frees it; returns its norm before the clip."""
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip)
     if not norm.isfinite():
         raise FloatingPointError(f'the gradient of the {type(network).__name__} is not finite: '
@@ -340,6 +349,7 @@ def update(network, optimizer, lr, cfg):
     for group in optimizer.param_groups:
         group['lr'] = lr
     optimizer.step()
+    optimizer.zero_grad()                            # no network's waits while another one learns
     return norm.item()
 
 
@@ -359,10 +369,31 @@ def mle_step(generator, optimizer, train_set, step, steps, cfg):
                             cfg.device)
     with autocast(cfg):
         loss = mle_loss(generator, batch)
-    optimizer.zero_grad()
     loss.backward()
     update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50), cfg)
     return loss.item()
+
+
+def draw_pairs(roll, index, replay, train_set, cfg):
+    """
+    The Pairs of a discriminator step: d_samples responses to each prompt, some of them old.
+
+    index    (B,) numbers of the rollout's training examples
+    replay   Fakes of earlier iterations
+    returns  Pairs, this iteration's first; how many those are; replay with the fresh ones added
+    """
+    rows = (torch.arange(cfg.batch_size)[:, None] * cfg.samples
+            + torch.arange(cfg.d_samples)).flatten()                         # (B * d_samples,)
+    fresh = Fakes(torch.from_numpy(index).repeat_interleave(cfg.d_samples),
+                  roll.response[rows].cpu(), roll.mask[rows].cpu())
+    n_old = min(int(cfg.d_replay * len(rows)), len(replay.index))
+    n_new = len(rows) - n_old
+    old = torch.randperm(len(replay.index))[:n_old]
+    fakes = Fakes(*(torch.cat((a[:n_new], b[old])) for a, b in zip(fresh, replay)))
+    replay = Fakes(*(torch.cat((b, a))[-REPLAY:] for a, b in zip(fresh, replay)))
+    pairs = Pairs(*train_set.batch(fakes.index.numpy(), cfg.device),
+                  fakes.response.to(cfg.device), fakes.mask.to(cfg.device))
+    return pairs, n_new, replay
 
 
 def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
@@ -381,22 +412,22 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
     if not cfg.d_prefixes:
         where = F.pad(untied[:, None], (where.size(1) - 1, 0))
     weights = where / where.sum(1, keepdim=True).clamp(min=1) / untied.sum().clamp(min=1)
-    discriminator.train(not skip)
-    optimizer.zero_grad()
+    learn = bool(untied.any()) and not skip
+    discriminator.train(learn)
     losses, margins = [], []
     for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
         p = Pairs(*(z[rows] for z in pairs))
-        with autocast(cfg), torch.set_grad_enabled(not skip):
+        with autocast(cfg), torch.set_grad_enabled(learn):
             scores = discriminator(torch.cat((p.prompt, p.prompt)), torch.cat((p.real, p.fake)),
                                    torch.cat((p.pad, p.pad)))                # (2 n, R)
             real, fake = carry(scores, torch.cat((p.real_mask, p.fake_mask))).chunk(2)
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
-        if not skip:
+        if learn:
             loss.backward()
         losses.append(loss.detach())
         margins.append((real - fake)[:, -1].detach())
     discriminator.eval()
-    if not skip and untied.any():
+    if learn:
         update(discriminator, optimizer, cfg.d_lr, cfg)
     right = (torch.cat(margins) > 0)[:fresh][untied[:fresh]].float()
     return {'d_loss': sum(losses).item() if untied.any() else None,
@@ -404,7 +435,29 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
             'tie_rate': 1 - untied[:fresh].float().mean().item()}
 
 
-def generator_step(generator, optimizer, roll, rewards, batch, anchor, baseline, lr, cfg):
+def prefix_values(discriminator, roll, batch, running, cfg):
+    """
+    What each prefix of the sampled answers is worth, and the mean score of the whole ones, logits.
+
+    relative: z_t = tanh((s_t - s*_t) / 2) = 2 sigmoid(s_t - s*_t) - 1, where s* scores the gold
+    answer: 0 for the gold answer itself, -1 for a sure fake, however sure. Otherwise the score,
+    standardised by a running mean and deviation and clipped. Both are (B*K, R).
+    """
+    scores = carry(score(discriminator, roll.prompt, roll.pad, roll.response, cfg), roll.mask)
+    end = scores[:, -1]
+    for name, now in ('mean', end.mean().item()), ('square', end.square().mean().item()):
+        before = running[name]
+        running[name] = now if before is None else .9 * before + .1 * now
+    if cfg.relative:
+        gold = carry(score(discriminator, batch.prompt, batch.pad, batch.response, cfg), batch.mask)
+        values = ((scores - gold.repeat_interleave(cfg.samples, 0)) / 2).tanh()
+    else:
+        std = max(running['square'] - running['mean'] ** 2, 1e-6) ** .5
+        values = ((scores - running['mean']) / std).clamp(-cfg.reward_clip, cfg.reward_clip)
+    return values, end.mean().item()
+
+
+def reinforce_step(generator, optimizer, roll, rewards, batch, anchor, baseline, lr, cfg):
     """
     One policy-gradient update with its MLE anchor.
 
@@ -414,7 +467,6 @@ def generator_step(generator, optimizer, roll, rewards, batch, anchor, baseline,
     returns   dict: g_loss, g_norm, mle, kl and entropy (nats per token), return_mean
     """
     N, P = len(roll.response), roll.prompt.size(1)
-    optimizer.zero_grad()
     sums = torch.zeros(5, device=rewards.device)
     for rows in torch.arange(N, device=rewards.device).split(cfg.micro_batch):
         r = Rollout(*(z[rows] for z in roll))
@@ -687,7 +739,7 @@ def train(cfg, caught=()):
     optimizer, d_optimizer = adamw(generator, cfg), adamw(discriminator, cfg)
     nothing = train_set.batch([])
     replay = Fakes(torch.zeros(0, dtype=torch.long), nothing.response, nothing.mask)
-    # d_acc starts at chance; mean and square of the score are unknown until the generator moves
+    # d_acc starts at chance; mean and square of the score are unknown until one is seen
     running = {'d_acc': .5, 'baseline': 0.0, 'mean': None, 'square': None, 'g_steps': 0, 'sick': 0,
                'control_steps': 0}
     # resume
@@ -740,17 +792,7 @@ def train(cfg, caught=()):
         lap('rollout')
 
         # discriminator step
-        rows = (torch.arange(cfg.batch_size)[:, None] * cfg.samples
-                + torch.arange(cfg.d_samples)).flatten()                     # (B * d_samples,)
-        fresh = Fakes(torch.from_numpy(index).repeat_interleave(cfg.d_samples),
-                      roll.response[rows].cpu(), roll.mask[rows].cpu())
-        n_old = min(int(cfg.d_replay * len(rows)), len(replay.index))
-        n_new = len(rows) - n_old
-        old = torch.randperm(len(replay.index))[:n_old]
-        fakes = Fakes(*(torch.cat((a[:n_new], b[old])) for a, b in zip(fresh, replay)))
-        replay = Fakes(*(torch.cat((b, a))[-REPLAY:] for a, b in zip(fresh, replay)))
-        pairs = Pairs(*train_set.batch(fakes.index.numpy(), cfg.device),
-                      fakes.response.to(cfg.device), fakes.mask.to(cfg.device))
+        pairs, n_new, replay = draw_pairs(roll, index, replay, train_set, cfg)
         moving = (running['g_steps'] > 0 or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         skip = moving and running['d_acc'] > cfg.d_max_acc
@@ -761,20 +803,13 @@ def train(cfg, caught=()):
         lap('discriminator')
 
         # generator step
-        scores = score(discriminator, roll.prompt, roll.pad, roll.response, cfg)
-        end = carry(scores, roll.mask)[:, -1]
-        record['reward'] = end.mean().item()
+        values, record['reward'] = prefix_values(discriminator, roll, batch, running, cfg)
         if moving:
-            for name, now in ('mean', end.mean().item()), ('square', end.square().mean().item()):
-                before = running[name]
-                running[name] = now if before is None else .9 * before + .1 * now
-            std = max(running['square'] - running['mean'] ** 2, 1e-6) ** .5
-            rewards = token_rewards(scores, roll.mask, roll.ended, running['mean'], std,
-                                    cfg.reward, cfg.reward_clip, cfg.no_eos_reward)
+            rewards = token_rewards(values, roll.mask, roll.ended, cfg.reward, cfg.no_eos_reward)
             running['g_steps'] += 1
             lr = cfg.lr * schedule(it, cfg.iters, running['g_steps'], cfg.lr_warmup)
             anchor = cfg.anchor + (cfg.anchor_end - cfg.anchor) * it / cfg.iters
-            record |= generator_step(generator, optimizer, roll, rewards, batch, anchor,
+            record |= reinforce_step(generator, optimizer, roll, rewards, batch, anchor,
                                      running['baseline'], lr, cfg)
             decay = cfg.baseline_decay
             running['baseline'] = (decay * running['baseline']
@@ -800,7 +835,17 @@ def train(cfg, caught=()):
             del row['reward'], row['d_acc']
     log({'final': figures}, False)
     print(final_table(figures), flush=True)
+    print(f'peak memory {peak_memory(cfg.device):.2f} GiB', flush=True)
     return {**figures, 'seconds': all_seconds}
+
+
+def peak_memory(device):
+    """The most memory this process has held, GiB: of the GPU, or of the machine on a CPU."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource                                  # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (30 if sys.platform == 'darwin' else 20)
 
 
 def catch_signals():

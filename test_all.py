@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -15,14 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unittest
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / 'shared' / 'data'
-SCRATCH = Path(tempfile.mkdtemp(prefix='nanogaf-'))
+if 'NANOGAF_SCRATCH' not in os.environ:              # the runner's processes share one
+    os.environ['NANOGAF_SCRATCH'] = tempfile.mkdtemp(prefix='nanogaf-')
+SCRATCH = Path(os.environ['NANOGAF_SCRATCH'])
 os.environ['HF_HOME'] = str(SCRATCH / 'hf')          # before `datasets`: its cache is ours to drop
 os.environ['HF_HUB_OFFLINE'] = '1'
 if (SHARED / 'tiktoken_cache').is_dir():
@@ -34,10 +38,11 @@ import torch.nn.functional as F
 
 import data
 import model
+import ppo
 import reinforce
 from model import GPT, Discriminator, GPTConfig, load_checkpoint, save_checkpoint
 
-SCRIPTS = [reinforce]
+SCRIPTS = [reinforce, ppo]
 
 
 def tiny_gpt(seed=0, **changes):
@@ -368,6 +373,24 @@ def test_diversity_figures():
     assert data.distinct(response[:, :1], mask[:, :1], 2) == 0
 
 
+def test_passages_are_packed():
+    enc = data.load_tokenizer('toy')
+    examples = [{'context': 'Ada sold it .'}, {'context': 'Ada sold it .'}, {'context': 'In May .'}]
+    rows = data.load_passages('', examples, enc, 4)
+    ids = enc.encode_ordinary(' Ada sold it .') + [enc.eot_token] \
+        + enc.encode_ordinary(' In May .') + [enc.eot_token]
+    assert rows.shape == (len(ids) // 4, 4) and rows.flatten().tolist() == ids[:rows.size]
+    assert data.load_passages('', examples, enc, 99).tolist() == [(99 * ids)[:99]]
+    path = folder('passages') / 'text.txt'
+    raises(FileNotFoundError, ['text.txt', '--pretrain_file'], data.load_passages, path, [], enc, 4)
+    for content, word in ((b'', 'empty'), (b'\xff\xfe', 'UTF-8')):
+        path.write_bytes(content)
+        raises(ValueError, ['text.txt', word], data.load_passages, path, [], enc, 4)
+    path.write_text('Who In May .')
+    text = enc.decode(data.load_passages(path, [], enc, 7)[0].tolist())
+    assert text == 'Who In May .<|endoftext|>'
+
+
 def squad_file(path, articles):
     path.write_text(json.dumps({'version': 'v2.0', 'data': articles}))
 
@@ -444,6 +467,17 @@ def gradient(network, value):
     return torch.cat([g.flatten() for g in grads if g is not None])
 
 
+class Keep(torch.optim.SGD):
+    """An optimizer that moves nothing and keeps the gradient it was last given."""
+
+    def __init__(self, network):
+        super().__init__(network.parameters(), lr=0.)
+
+    def step(self):
+        params = self.param_groups[0]['params']
+        self.kept = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
+
+
 def test_reinforce_gradient_is_exact():
     policy, tokens, mask, ref_logprobs, reward = enumerated()
     beta, n = .3, len(tokens)
@@ -470,7 +504,7 @@ def test_reinforce_gradient_is_exact():
         assert (gradient(policy, -loss) - exact).abs().max() < 1e-9, kind
 
 
-def test_generator_step_takes_the_gradient_of_its_parts():
+def test_reinforce_step_takes_the_gradient_of_its_parts():
     cfg = reinforce.parse(['--tiny', '--beta', '.3', '--grad_clip', '1e9', '--micro_batch', '4'])
     policy = tiny_gpt(3)
     batch = data.Batch(torch.randint(0, 12, (4, 5)), torch.tensor([0, 1, 2, 0]),
@@ -478,10 +512,10 @@ def test_generator_step_takes_the_gradient_of_its_parts():
     roll = reinforce.rollout(policy, tiny_gpt(4), batch, 12, torch.Generator().manual_seed(0),
                              reinforce.replace(cfg, device='cpu', dtype='float32', max_response=3))
     rewards = torch.randn(8, 3) * roll.mask
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.)
+    optimizer = Keep(policy)
     cfg.device, cfg.dtype = 'cpu', 'float32'
-    reinforce.generator_step(policy, optimizer, roll, rewards, batch, .5, 0., 0., cfg)
-    got = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    reinforce.reinforce_step(policy, optimizer, roll, rewards, batch, .5, 0., 0., cfg)
+    got = optimizer.kept
     logprobs, _ = policy.logprobs(torch.cat((roll.prompt, roll.response), 1), roll.pad, 5)
     total = rewards - .3 * (logprobs.detach() - roll.ref_logprobs) * roll.mask
     A = reinforce.advantages(total, 2, 'final', 'loo', 0.)
@@ -496,13 +530,46 @@ def test_dense_rewards_telescope_to_the_final_one():
     lengths = torch.randint(1, 7, (50, 1), generator=g)
     mask = torch.arange(6) < lengths
     ended = torch.rand(50, generator=g) < .7
-    args = (scores, mask, ended, .4, 1.7)
-    final, dense = (reinforce.token_rewards(*args, kind, 2., -1.) for kind in ('final', 'dense'))
+    args = (scores, mask, ended)
+    final, dense = (reinforce.token_rewards(*args, kind, -1.) for kind in ('final', 'dense'))
     assert (final.sum(1) - dense.sum(1)).abs().max() < 1e-5
     assert ((final != 0).sum(1) == 1).all() and not dense[~mask].any()
     assert (final.sum(1)[~ended] == -1).all()
     end = scores.gather(1, lengths - 1)[:, 0]
-    assert torch.allclose(final.sum(1)[ended], ((end - .4) / 1.7).clamp(-2, 2)[ended])
+    assert torch.equal(final.sum(1)[ended], end[ended])
+
+
+def test_a_reward_is_the_margin_to_the_gold_answer():
+    eos = 12
+    gold = torch.tensor([[1, 2, eos, eos], [3, eos, eos, eos]])
+    gold_mask = torch.arange(4) <= torch.tensor([[2], [1]])
+    response = torch.tensor([[1, 2, eos, eos], [1, 5, 6, eos], [eos, eos, eos, eos], [3, 4, 5, 6]])
+    mask = torch.arange(4) <= torch.tensor([[2], [3], [0], [3]])
+    prompt, pad = torch.randint(0, 12, (2, 5)), torch.tensor([0, 2])
+    network = Discriminator(tiny_gpt()).eval()
+    torch.nn.init.normal_(network.score.weight)
+    cfg = reinforce.parse(['--samples', '2', '--micro_batch', '2', '--reward_clip', '.5'])
+    cfg.device, cfg.dtype = 'cpu', 'float32'
+    batch = data.Batch(prompt, pad, gold, gold_mask)
+    roll = reinforce.Rollout(*(z.repeat_interleave(2, 0) for z in (prompt, pad)), response, mask,
+                             None, None)
+    running = {'mean': None, 'square': None}
+    values, mean = reinforce.prefix_values(network, roll, batch, running, cfg)
+    s = network(roll.prompt, response, roll.pad)
+    s_gold = network(prompt, gold, pad).repeat_interleave(2, 0)
+    ends = [[2, 2], [2, 3], [1, 0], [1, 3]]          # last columns of the gold answer and of ours
+    for row, (a, b) in enumerate(ends):
+        for t in range(4):
+            margin = (s[row, min(t, b)] - s_gold[row, min(t, a)]).item()
+            wanted = 2 / (1 + math.exp(-margin)) - 1
+            assert abs(values[row, t].item() - wanted) < 1e-5, (row, t)
+    assert not values[0].any() and not values[1, 0].any()        # the gold answer, its prefix
+    end = torch.stack([s[row, b] for row, (_, b) in enumerate(ends)])
+    assert abs(mean - end.mean().item()) < 1e-5
+    cfg.relative, running = False, {'mean': None, 'square': None}
+    values, _ = reinforce.prefix_values(network, roll, batch, running, cfg)
+    z = ((end - end.mean()) / end.std(correction=0)).clamp(-.5, .5)
+    assert (values[:, -1] - z).abs().max() < 1e-4
 
 
 def test_discriminator_gradient_is_that_of_the_objective():
@@ -516,12 +583,12 @@ def test_discriminator_gradient_is_that_of_the_objective():
     pairs = reinforce.Pairs(prompt, pad, real, masks[0], fake, masks[1])
     network = Discriminator(tiny_gpt()).eval()
     torch.nn.init.normal_(network.score.weight)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.)
+    optimizer = Keep(network)
     for kind, prefixes in itertools.product(('minimax', 'pair'), (False, True)):
         cfg = reinforce.parse(['--d_loss', kind, '--d_lr', '0', '--grad_clip', '1e9'])
         cfg.d_prefixes, cfg.device, cfg.dtype, cfg.micro_batch = prefixes, 'cpu', 'float32', 2
         out = reinforce.discriminator_step(network, optimizer, pairs, 3, False, cfg)
-        got = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        got = optimizer.kept
         s_real, s_fake = network(prompt, real, pad), network(prompt, fake, pad)
         loss, right = 0., []
         # (row, first difference): row 1 is a tie and in no loss
@@ -568,6 +635,177 @@ def test_eos_is_trained_and_what_follows_it_is_not():
 
 
 # -----------------------------------------------------------------------------
+# ppo: oracles
+
+
+def test_gae_equals_the_double_sum():
+    g = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 40, 6, generator=g, dtype=torch.double)
+    lengths = torch.randint(1, 7, (40,), generator=g)
+    mask = torch.arange(6) < lengths[:, None]
+    rewards = rewards * mask
+    for lam in 0., .3, .95, 1.:
+        A, returns = ppo.gae(rewards, values, mask, lam)
+        for row, n in enumerate(lengths.tolist()):
+            V = [*values[row, :n].tolist(), 0.]      # what stands after eos does not count
+            for t in range(n):
+                wanted = sum(lam ** (k - t) * (rewards[row, k].item() + V[k + 1] - V[k])
+                             for k in range(t, n))
+                assert abs(A[row, t].item() - wanted) < 1e-12
+                assert abs(returns[row, t].item() - wanted - V[t]) < 1e-12
+        assert not A[~mask].any() and not returns[~mask].any()
+    w = ppo.whiten(A, mask)
+    assert abs(w[mask].mean()) < 1e-12 and abs(w[mask].std(correction=0) - 1) < 1e-6
+    assert not w[~mask].any()
+
+
+def test_ppo_gradient_at_ratio_one_is_exact():
+    """It is REINFORCE's with the same baseline, and that of the KL-penalised objective."""
+    policy, tokens, mask, ref_logprobs, reward = enumerated()
+    beta = .3
+    logprobs = policy.logprobs(tokens, None, 2)[0]
+    p = (logprobs * mask).sum(1).exp()
+    log_ratio = (logprobs - ref_logprobs) * mask
+    exact = gradient(policy, (p * (reward.sum(1) - beta * log_ratio.sum(1))).sum())
+    logprobs = policy.logprobs(tokens, None, 2)[0]
+    old, q = logprobs.detach(), p.detach()
+    rewards = reward - beta * (old - ref_logprobs) * mask
+    prefix = (tokens[:, 1:-1] * 5 ** torch.arange(3)).cumsum(1)      # a critic of what precedes y_t
+    critic = torch.sin(prefix.double())
+    for values in torch.full_like(rewards, .7), critic:
+        A, _ = ppo.gae(rewards, values, mask, 1.)
+        loss = sum(w * ppo.clipped_policy_loss(*(z[i:i + 1] for z in (logprobs, old, A, mask)), 1e9)
+                   for i, w in enumerate(q))
+        got = gradient(policy, -loss)
+        assert (got - exact).abs().max() < 1e-9
+        logprobs = policy.logprobs(tokens, None, 2)[0]
+    A = reinforce.advantages(rewards, 1, 'final', 'mean', .7)
+    same_A, _ = ppo.gae(rewards, torch.full_like(rewards, .7), mask, 1.)
+    assert ((A - same_A) * mask).abs().max() < 1e-12
+
+
+def test_clipping_by_hand():
+    eps, one = .2, torch.ones(1, 1).bool()
+    # ratio, advantage, loss, whether a gradient flows
+    for ratio, A, loss, flows in ((1., 2., -2., True), (1.5, 2., -2.4, False), (1.5, -2., 3., True),
+                                  (.5, 2., -1., True), (.5, -2., 1.6, False),
+                                  (1.1, -1., 1.1, True)):
+        new = torch.tensor([[math.log(ratio) - 1]], requires_grad=True)
+        out = ppo.clipped_policy_loss(new, torch.tensor([[-1.]]), torch.tensor([[A]]), one, eps)
+        out.backward()
+        assert abs(out.item() - loss) < 1e-5 and bool(new.grad) == flows, (ratio, A)
+        assert not flows or abs(new.grad.item() + ratio * A) < 1e-5
+    # value, its old one, return, loss, whether a gradient flows
+    for value, old, target, loss, flows in ((1., 1., 3., 2., True), (2., 1., 3., 1.62, False),
+                                            (2., 1., 0., 2., True), (1.1, 1., 3., 1.805, True)):
+        new = torch.tensor([[value]], requires_grad=True)
+        out = ppo.value_loss(new, torch.tensor([[old]]), torch.tensor([[target]]), one, eps)
+        out.backward()
+        assert abs(out.item() - loss) < 1e-5 and bool(new.grad) == flows, (value, old, target)
+
+
+def ppo_case(*flags):
+    """Policy, critic, rollout, rewards and the rest that a PPO step wants, small."""
+    cfg = ppo.parse(['--tiny', '--samples', '2', '--batch_size', '4', '--minibatch', '8',
+                     '--max_response', '5', '--grad_clip', '1e9', *flags])
+    cfg.device, cfg.dtype = 'cpu', 'float32'
+    policy, critic = tiny_gpt(3), ppo.Critic(tiny_gpt(4)).eval()
+    torch.nn.init.normal_(critic.score.weight)
+    batch = data.Batch(torch.randint(0, 12, (4, 5)), torch.tensor([0, 1, 2, 0]),
+                       torch.randint(0, 12, (4, 3)), torch.ones(4, 3).bool())
+    roll = ppo.rollout(policy, tiny_gpt(5), batch, 12, torch.Generator().manual_seed(2), cfg)
+    assert 0 < roll.mask.sum() < roll.mask.numel()                   # ragged
+    rewards = torch.randn(8, 5) * roll.mask
+    optimizers = [Keep(net) for net in (policy, critic)]
+    return cfg, policy, critic, batch, roll, rewards, optimizers, torch.randint(0, 13, (3, 9))
+
+
+def test_ppo_update_takes_the_gradient_of_its_parts():
+    """In micro-batches, with ratios away from 1; the first ratio is 1; both norms are told."""
+    cfg, policy, critic, batch, roll, rewards, optimizers, passages = ppo_case('--pretrain', '.7')
+    P, mask = 5, roll.mask
+    old, values, entropy = ppo.look_back(policy, critic, roll, cfg)
+    tokens = torch.cat((roll.prompt, roll.response), 1)
+    assert ((policy.logprobs(tokens[:3], roll.pad[:3], P)[0] - old[:3]).abs() < 1e-5).all()
+    full = policy(tokens, roll.pad)[:, P - 1:-1].log_softmax(-1)
+    H = -(full.exp() * full).sum(-1)
+    assert abs(entropy - H[mask].mean()) < 1e-5
+    # the critic's value of a token depends on nothing from that token on
+    changed = tokens.clone()
+    changed[:, P + 2:] = 7
+    assert torch.equal(critic(changed, roll.pad, P)[:, :3], values[:, :3])
+    old = old + .3 * torch.randn(old.shape)
+    A, returns = ppo.gae(rewards, values, mask, .9)
+    past, rows = (old, values - .5, A, returns), torch.tensor([5, 0, 3, 6, 1])
+    cfg.micro_batch = 2
+    figures = ppo.ppo_update(policy, critic, optimizers, rows, past, roll, batch, passages, .4,
+                             (0., 0.), cfg)
+    got, got_critic = (o.kept for o in optimizers)
+    r = [z[rows] for z in (tokens, roll.pad, mask, *past)]
+    gold = data.Batch(*(z[rows // 2] for z in batch))
+    n = r[2].sum()
+    logprobs, _ = policy.logprobs(r[0], r[1], P)
+    main = ppo.clipped_policy_loss(logprobs, r[3], r[5], r[2], .2) / n
+    g_main = gradient(policy, main + .4 * ppo.mle_loss(policy, gold))
+    logits = policy(passages)[:, :-1].log_softmax(-1)
+    extra = -logits.gather(-1, passages[:, 1:, None]).mean()
+    g_extra = gradient(policy, .7 * extra)
+    assert (got - g_main - g_extra).abs().max() < 1e-5
+    v = ppo.value_loss(critic(r[0], r[1], P), r[4], r[6], r[2], .2) / n
+    assert (got_critic - gradient(critic, v)).abs().max() < 1e-5
+    for value, wanted in zip(figures[5:], (g_main.norm(), g_extra.norm(), extra)):
+        assert abs(value - wanted.item()) < 1e-4, (figures, wanted)
+
+
+def test_gamma_0_removes_the_pretraining_term_bit_for_bit():
+    found = []
+    for n in 0, 3:
+        cfg, policy, critic, batch, roll, rewards, optimizers, passages = ppo_case(
+            '--pretrain', '0')
+        old, values, _ = ppo.look_back(policy, critic, roll, cfg)
+        past = old, values, *ppo.gae(rewards, values, roll.mask, .9)
+        ppo.ppo_update(policy, critic, optimizers, torch.arange(8), past, roll, batch,
+                       passages if n else None, .4, (0., 0.), cfg)
+        found.append(optimizers[0].kept)
+    assert torch.equal(*found)
+
+
+def test_no_token_after_eos_moves_anything():
+    found = []
+    for garbage in False, True:
+        cfg, policy, critic, batch, roll, rewards, optimizers, passages = ppo_case('--beta', '.1')
+        if garbage:
+            junk = torch.randint(0, 12, roll.response.shape)
+            roll = roll._replace(response=roll.response.where(roll.mask, junk),
+                                 ref_logprobs=roll.ref_logprobs.where(roll.mask, -9.))
+        torch.manual_seed(0)                         # the order of the minibatches
+        record = ppo.ppo_step(policy, critic, optimizers, roll, rewards, batch, passages.numpy(),
+                              0., {'beta': .1, 'updates': 0}, (0., 0.), cfg)
+        found.append((*(o.kept for o in optimizers), record))
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-6
+    assert (found[0][1] - found[1][1]).abs().max() < 1e-6
+    for key, value in found[0][2].items():
+        assert abs(value - found[1][2][key]) < 1e-5, key
+
+
+def test_ppo_stops_early_and_adapts_beta():
+    for flags, updates in (['--approx_kl', '1e-9'], 1), (['--approx_kl', '1e9'], 6):
+        cfg, policy, critic, batch, roll, rewards, _, passages = ppo_case(
+            '--epochs', '3', '--minibatch', '4', '--beta', '.1', '--kl_target', '.01', *flags)
+        optimizers = [ppo.adamw(net, cfg) for net in (policy, critic)]
+        running = {'beta': .1, 'updates': 0}
+        record = ppo.ppo_step(policy, critic, optimizers, roll, rewards, batch, passages.numpy(),
+                              0., running, (1e-3, 1e-3), cfg)
+        if updates == 1:                             # the first ratio is 1, the second is not
+            assert record['updates'] == 2, record
+        else:
+            assert record['updates'] == updates
+        assert running['updates'] == record['updates']
+        factor = 1 + .1 * min(max(record['kl'] / .01 - 1, -.2), .2)
+        assert abs(running['beta'] - .1 * factor) < 1e-12 and factor != 1
+
+
+# -----------------------------------------------------------------------------
 # the road: runs, resumes, command lines
 
 SMALL = ['--tiny', '--n_layer', '1', '--n_embd', '16', '--sft_iters', '4', '--iters', '4',
@@ -602,14 +840,14 @@ def same(a, b):
     return a == b
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one():
-    whole = folder('whole')
-    reinforce.train(reinforce.parse([*SMALL, '--out_dir', str(whole)]))
+def resumed_equals_uninterrupted(script, *more):
+    whole = folder(f'whole {script.__name__}')
+    script.train(script.parse([*SMALL, *more, '--out_dir', str(whole)]))
     for key, n in ('sft_iter', 3), ('reward', 2), ('reward', 3):
-        parts = folder('parts')
-        flags = [*SMALL, '--out_dir', str(parts)]
-        assert reinforce.train(reinforce.parse(flags), After(parts, key, n)) is None
-        reinforce.train(reinforce.parse(['--resume', '--out_dir', str(parts)]))
+        parts = folder(f'parts {script.__name__}')
+        flags = [*SMALL, *more, '--out_dir', str(parts)]
+        assert script.train(script.parse(flags), After(parts, key, n)) is None
+        script.train(script.parse(['--resume', '--out_dir', str(parts)]))
         assert records(parts) == records(whole), key
         for name in 'ckpt.pt', 'sft.pt':
             a, b = (load_checkpoint(out / name) for out in (whole, parts))
@@ -618,16 +856,51 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
             assert same(a, b), (key, n, name)
     assert records(whole)[-1].keys() == {'final'}
     assert (whole / 'curves.png').stat().st_size > 1000
+    return load_checkpoint(parts / 'ckpt.pt')
+
+
+def test_a_resumed_reinforce_run_equals_an_uninterrupted_one():
+    resumed_equals_uninterrupted(reinforce)
+
+
+def test_a_resumed_ppo_run_equals_an_uninterrupted_one():
+    saved = resumed_equals_uninterrupted(ppo, '--minibatch', '8', '--epochs', '2',
+                                         '--kl_target', '1')
+    assert saved['running']['beta'] != saved['settings']['beta'] and saved['running']['updates'] > 4
+    assert saved['critic_optimizer']['state']
+
+
+def frozen_parts_hold_nothing(script, *more):
+    (rollout, adamw), networks, tended = (script.rollout, script.adamw), [], []
+    script.rollout = lambda *a: networks.append(a[:2]) or rollout(*a)
+    script.adamw = lambda network, cfg: tended.append(network) or adamw(network, cfg)
+    try:
+        script.train(script.parse([*SMALL, *more, '--out_dir', str(folder('frozen'))]))
+    finally:
+        script.rollout, script.adamw = rollout, adamw
+    generator, reference = networks[-1]
+    assert generator is not reference and reference not in tended and generator in tended
+    assert not any(p.requires_grad for p in reference.parameters())
+    for network in reference, *tended:               # learners free theirs after each update
+        assert all(p.grad is None for p in network.parameters())
+
+
+def test_frozen_parts_hold_no_gradients_and_no_optimizer_state():
+    frozen_parts_hold_nothing(reinforce)
+    frozen_parts_hold_nothing(ppo, '--minibatch', '8')
 
 
 def test_variants_run():
     poster = ['--baseline', 'mean', '--samples', '1', '--d_samples', '1', '--d_loss', 'minimax',
               '--no-d_prefixes', '--no-context', '--sft_iters', '0', '--anchor', '0',
-              '--anchor_end', '0', '--d_warmup_iters', '0', '--d_max_acc', '1']
-    for flags in (poster, ['--reward', 'dense'], ['--dtype', 'bfloat16'], ['--max_response', '1'],
-                  ['--iters', '0']):
+              '--anchor_end', '0', '--d_warmup_iters', '0', '--d_max_acc', '1', '--no-relative']
+    for script, flags in ((reinforce, poster), (reinforce, ['--reward', 'dense']),
+                          (reinforce, ['--dtype', 'bfloat16']), (reinforce, ['--iters', '0']),
+                          (reinforce, ['--max_response', '1']),
+                          (ppo, ['--minibatch', '7', '--samples', '1', '--d_samples', '1']),
+                          (ppo, ['--minibatch', '8', '--dtype', 'bfloat16', '--pretrain', '0'])):
         out = folder('variant')
-        result = reinforce.train(reinforce.parse([*SMALL, '--out_dir', str(out), *flags]))
+        result = script.train(script.parse([*SMALL, '--out_dir', str(out), *flags]))
         assert math.isfinite(result['tuned']['f1']), flags
 
 
@@ -641,21 +914,29 @@ def test_control_spends_the_time_on_mle():
     assert not (out / 'timing').exists()
 
 
-def test_compiled_iterations_equal_eager_ones():
+def compiled_equals_eager(script, *more):
     if not shutil.which('g++'):
         raise unittest.SkipTest('torch.compile needs g++ on CPU')
     figures = []
     for flag in '--no-compile', '--compile':
-        out = folder('compiled')
+        out = folder(f'compiled {script.__name__}')
         # evaluation in batches of the rollout's size: a graph for each size costs seconds
-        reinforce.train(reinforce.parse([*SMALL, '--out_dir', str(out), '--d_dropout', '0', flag,
-                                         '--sft_iters', '1', '--iters', '3', '--eval_prompts', '8',
-                                         '--eval_interval', '3', '--d_warmup_iters', '0']))
+        script.train(script.parse([*SMALL, '--out_dir', str(out), '--d_dropout', '0', flag,
+                                   '--sft_iters', '1', '--iters', '3', '--eval_prompts', '8',
+                                   '--eval_interval', '3', '--d_warmup_iters', '0', *more]))
         figures.append([r for r in records(out) if 'g_loss' in r])
     assert len(figures[0]) >= 2
     for a, b in zip(*figures):
         for key in 'g_loss', 'kl', 'entropy', 'reward', 'd_loss', 'mle':
             assert abs(a[key] - b[key]) < 1e-4, (key, a[key], b[key])
+
+
+def test_compiled_reinforce_equals_eager():
+    compiled_equals_eager(reinforce)
+
+
+def test_compiled_ppo_equals_eager():
+    compiled_equals_eager(ppo, '--minibatch', '16', '--micro_batch', '16')
 
 
 def test_health_knows_a_collapse():
@@ -704,13 +985,39 @@ def test_a_mistake_is_one_sentence():
              ['--samples 1', '--baseline mean'], 1),
             (['--learning_rate', '1'], ['--learning_rate'], 2),
             (['--d_loss', 'wgan'], ['--d_loss', 'minimax'], 2))
-    with ThreadPoolExecutor(2) as pool:
-        errors = pool.map(lambda c: command('reinforce.py', *c[0], expect=c[2]).stderr, cases)
-    for (flags, words, code), err in zip(cases, map(str.strip, errors)):
+    for flags, words, code in cases:
+        err = command('reinforce.py', *flags, expect=code).stderr.strip()
         assert 'Traceback' not in err and all(w in err for w in words), (flags, err)
         assert code == 2 or '\n' not in err, err
     err = command('sample.py', '--ckpt', 'gone.pt', '--question', 'Who?', expect=1).stderr.strip()
     assert 'gone.pt' in err and '\n' not in err
+
+
+def test_offline_is_one_sentence():
+    dead = 'http://127.0.0.1:9'                      # where nothing listens
+    env = {**os.environ, 'TIKTOKEN_CACHE_DIR': str(folder('no bpe')), 'HF_HUB_OFFLINE': '1',
+           'HTTPS_PROXY': dead, 'https_proxy': dead, 'HF_HOME': str(folder('no hub'))}
+    for flags, words in (([], ['BPE', 'TIKTOKEN_CACHE_DIR', '--data toy']),
+                         (['--tiny', '--init_from', 'gpt2'], ['gpt2', 'offline', '--init_from'])):
+        err = command('reinforce.py', *flags, '--device', 'cpu', '--out_dir', SCRATCH / 'offline',
+                      expect=1, env=env).stderr.strip()
+        assert '\n' not in err and all(w in err for w in words), err
+    raises(FileNotFoundError, ['squad_v2', 'offline', '--data'],
+           data.load_examples, 'squad_v2', 'dev')    # this process is told to be offline
+
+
+def test_out_of_gpu_memory_is_one_sentence():
+    def train(cfg, caught):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+
+    kept, reinforce.train = reinforce.train, train
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        raises(SystemExit, ['out of memory', 'GiB', '--micro_batch'], reinforce.main, ['--tiny'])
+    finally:
+        reinforce.train = kept
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(number, handler)
 
 
 def test_a_signal_saves_and_exits():
@@ -742,43 +1049,73 @@ def test_the_commands_of_the_readme():
     assert '--no-context' in command('reinforce.py', '--help').stdout
 
 
-def test_every_field_has_a_comment_and_stations_stand_in_order():
+def test_no_drift():
+    """Scripts are alike in all that is not specific to their approach."""
     banners = ['config', 'losses', 'rollout and evaluation', 'training']
     stations = ['setup', 'data', 'models', 'warm start', 'resume', 'evaluate and checkpoint',
                 'rollout', 'discriminator step', 'generator step', 'log']
+    own = {'train', 'check_approach'}                # same name, another text
+    functions, settings = [], []
     for script in SCRIPTS:
         source = inspect.getsource(script)
-        notes = re.findall(r'^    (\w+):.*?  # +(.*)$', inspect.getsource(script.Config), re.M)
-        assert [n for n, _ in notes] == [f.name for f in fields(script.Config)]
+        lines = re.findall(r'^    (\w+):.*?  # +.*$', inspect.getsource(script.Config), re.M)
+        assert lines == [f.name for f in fields(script.Config)]
         assert re.findall(r'^# -+\n# ([\w ]+)', source, re.M) == banners
         body = inspect.getsource(script.train)
         assert re.findall(r'^ +# ([a-z ]+)$', body, re.M) == stations, body
+        functions.append({n: inspect.getsource(f) for n, f in vars(script).items()
+                          if getattr(f, '__module__', '') == script.__name__
+                          and (inspect.isfunction(f) or inspect.isclass(f))
+                          and n not in own | {'Config'}})
+        settings.append(dict(re.findall(r'^    (\w+): (.*)$', inspect.getsource(script.Config),
+                                        re.M)))
+        assert re.sub(r'# .*', '', settings[-1].pop('out_dir')).strip() \
+            == f"str = 'out/{script.__name__}'"
+    for one, other in itertools.combinations(range(len(SCRIPTS)), 2):
+        for found in functions, settings:
+            a, b = found[one], found[other]
+            shared = [n for n in a if n in b]
+            assert shared == [n for n in b if n in a], (shared, [n for n in b if n in a])
+            for name in shared:
+                assert a[name] == b[name], name
+            assert len(shared) > 20
 
 
 # -----------------------------------------------------------------------------
 
 
+def run(name):
+    """Runs one test in silence; the line to print."""
+    start, kept = time.perf_counter(), sys.stdout
+    sys.stdout = io.StringIO()
+    try:
+        globals()[name]()
+        verdict = 'ok'
+    except unittest.SkipTest as e:
+        verdict = f'skipped: {e}'
+    except Exception:
+        verdict = f'FAILED\n{traceback.format_exc()}'
+    finally:
+        sys.stdout = kept
+    return f'{name}  {time.perf_counter() - start:.1f} s  {verdict}'
+
+
 def main(part=''):
     """Runs the tests whose name holds `part`; exit code 1 if one fails or none matched."""
-    tests = [(n, t) for n, t in globals().items() if n.startswith('test_') and part in n]
-    passed = failed = skipped = 0
-    for name, test in tests:
-        start, kept = time.perf_counter(), sys.stdout
-        sys.stdout = io.StringIO()
-        try:
-            test()
-            verdict, passed = 'ok', passed + 1
-        except unittest.SkipTest as e:
-            verdict, skipped = f'skipped: {e}', skipped + 1
-        except Exception:
-            import traceback
-            verdict, failed = f'FAILED\n{traceback.format_exc()}', failed + 1
-        finally:
-            sys.stdout = kept
-        print(f'{name}  {time.perf_counter() - start:.1f} s  {verdict}', flush=True)
+    os.environ['OMP_NUM_THREADS'] = '1'              # one core a process, and its subprocesses
+    names = [n for n in globals() if n.startswith('test_') and part in n]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context('spawn')) as pool:
+        longest_first = sorted(names, key=lambda n: 'compiled' not in n)
+        started = {n: pool.submit(run, n) for n in longest_first}
+        lines = []
+        for name in names:
+            lines.append(started[name].result())
+            print(lines[-1], flush=True)
     shutil.rmtree(SCRATCH, ignore_errors=True)
-    print(f'{passed} passed, {failed} failed, {skipped} skipped')
-    sys.exit(1 if failed or not tests else 0)
+    counts = [sum(f' s  {verdict}' in line for line in lines)
+              for verdict in ('ok', 'FAILED', 'skipped')]
+    print('{} passed, {} failed, {} skipped'.format(*counts))
+    sys.exit(1 if counts[1] or not names else 0)
 
 
 if __name__ == '__main__':
