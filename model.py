@@ -17,7 +17,7 @@ import math
 import os
 import pickle
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -312,9 +312,16 @@ class GPT(nn.Module):
         else:
             weights, settings = read_openai(path)
             config = infer_config(weights, settings, path)
-        model = cls(config)
+        model = cls.uninitialised(config)
         model.load_strictly(weights, source)
         return model
+
+    @classmethod
+    def uninitialised(cls, config):
+        """A GPT on the CPU whose weights are still to be loaded: drawing 124M takes seconds."""
+        with torch.device('meta'):
+            model = cls(config)
+        return model.to_empty(device='cpu')
 
     def load_strictly(self, weights, source):
         """Copies a dict of tensors in; a missing, extra or misshapen one is a ValueError."""
@@ -366,7 +373,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, trunk, dropout=0.0):
         super().__init__()
-        self.trunk = GPT(GPTConfig(**{**asdict(trunk.config), 'dropout': dropout}))
+        self.trunk = GPT.uninitialised(replace(trunk.config, dropout=dropout))
         self.trunk.load_state_dict(trunk.state_dict())
         self.score = nn.Linear(trunk.config.n_embd, 1)
         nn.init.zeros_(self.score.weight)

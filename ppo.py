@@ -782,7 +782,7 @@ def plot_curves(out):
               ('d_acc_mean', 'd_acc (pairs told apart, running mean)'),
               ('kl', 'KL from warm start (nats/token)'), ('entropy', 'entropy (nats/token)'),
               ('f1', 'F1 on dev (percent)')]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout='constrained')
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6))
     for ax, (key, title) in zip(axes.flat, panels):
         if key == 'f1':
             for name, style in ('f1', 'o-'), ('sample_f1', 's--'):
@@ -794,6 +794,8 @@ def plot_curves(out):
             ax.plot(*zip(*points) if points else ((), ()), linewidth=1)
         ax.set(title=title, xlabel='iteration')
         ax.grid(alpha=.3)
+    # a layout engine would draw everything twice
+    figure.subplots_adjust(.04, .08, .99, .95, .15, .35)
     figure.savefig(out / 'curves.png', dpi=110)
     plt.close(figure)
 

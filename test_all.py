@@ -813,6 +813,15 @@ SMALL = ['--tiny', '--n_layer', '1', '--n_embd', '16', '--sft_iters', '4', '--it
          '1', '--d_replay', '.5', '--d_dropout', '.1', '--sft_batch_size', '8']
 
 
+def train(script, out, *flags, caught=()):
+    """A run in this process without its curves, which take most of a small one's time."""
+    draw, script.plot_curves = script.plot_curves, lambda out: None
+    try:
+        return script.train(script.parse([*flags, '--out_dir', str(out)]), caught)
+    finally:
+        script.plot_curves = draw
+
+
 class After:
     """Turns true, as a caught signal does, once metrics.jsonl holds n records with `key`."""
 
@@ -842,12 +851,11 @@ def same(a, b):
 
 def resumed_equals_uninterrupted(script, *more):
     whole = folder(f'whole {script.__name__}')
-    script.train(script.parse([*SMALL, *more, '--out_dir', str(whole)]))
+    train(script, whole, *SMALL, *more)
     for key, n in ('sft_iter', 3), ('reward', 2), ('reward', 3):
         parts = folder(f'parts {script.__name__}')
-        flags = [*SMALL, *more, '--out_dir', str(parts)]
-        assert script.train(script.parse(flags), After(parts, key, n)) is None
-        script.train(script.parse(['--resume', '--out_dir', str(parts)]))
+        assert train(script, parts, *SMALL, *more, caught=After(parts, key, n)) is None
+        train(script, parts, '--resume')
         assert records(parts) == records(whole), key
         for name in 'ckpt.pt', 'sft.pt':
             a, b = (load_checkpoint(out / name) for out in (whole, parts))
@@ -855,7 +863,6 @@ def resumed_equals_uninterrupted(script, *more):
                 assert saved['settings'].pop('out_dir')
             assert same(a, b), (key, n, name)
     assert records(whole)[-1].keys() == {'final'}
-    assert (whole / 'curves.png').stat().st_size > 1000
     return load_checkpoint(parts / 'ckpt.pt')
 
 
@@ -875,7 +882,7 @@ def frozen_parts_hold_nothing(script, *more):
     script.rollout = lambda *a: networks.append(a[:2]) or rollout(*a)
     script.adamw = lambda network, cfg: tended.append(network) or adamw(network, cfg)
     try:
-        script.train(script.parse([*SMALL, *more, '--out_dir', str(folder('frozen'))]))
+        train(script, folder('frozen'), *SMALL, *more)
     finally:
         script.rollout, script.adamw = rollout, adamw
     generator, reference = networks[-1]
@@ -900,13 +907,13 @@ def test_variants_run():
                           (ppo, ['--minibatch', '7', '--samples', '1', '--d_samples', '1']),
                           (ppo, ['--minibatch', '8', '--dtype', 'bfloat16', '--pretrain', '0'])):
         out = folder('variant')
-        result = script.train(script.parse([*SMALL, '--out_dir', str(out), *flags]))
+        result = train(script, out, *SMALL, *flags)
         assert math.isfinite(result['tuned']['f1']), flags
 
 
 def test_control_spends_the_time_on_mle():
     out = folder('control')
-    result = reinforce.train(reinforce.parse([*SMALL, '--out_dir', str(out), '--control']))
+    result = train(reinforce, out, *SMALL, '--control')
     assert 'more MLE' in result and 'tuned' not in result
     rows = [r for r in records(out) if 'iter' in r and 'dev' not in r]
     assert len(rows) == 4 and all(r.keys() == {'iter', 'mle'} for r in rows)
@@ -921,9 +928,8 @@ def compiled_equals_eager(script, *more):
     for flag in '--no-compile', '--compile':
         out = folder(f'compiled {script.__name__}')
         # evaluation in batches of the rollout's size: a graph for each size costs seconds
-        script.train(script.parse([*SMALL, '--out_dir', str(out), '--d_dropout', '0', flag,
-                                   '--sft_iters', '1', '--iters', '3', '--eval_prompts', '8',
-                                   '--eval_interval', '3', '--d_warmup_iters', '0', *more]))
+        train(script, out, *SMALL, '--d_dropout', '0', flag, '--sft_iters', '1', '--iters', '3',
+              '--eval_prompts', '8', '--eval_interval', '3', '--d_warmup_iters', '0', *more)
         figures.append([r for r in records(out) if 'g_loss' in r])
     assert len(figures[0]) >= 2
     for a, b in zip(*figures):
@@ -931,11 +937,8 @@ def compiled_equals_eager(script, *more):
             assert abs(a[key] - b[key]) < 1e-4, (key, a[key], b[key])
 
 
-def test_compiled_reinforce_equals_eager():
+def test_compiled_runs_equal_eager_ones():           # one test: they share most kernels
     compiled_equals_eager(reinforce)
-
-
-def test_compiled_ppo_equals_eager():
     compiled_equals_eager(ppo, '--minibatch', '16', '--micro_batch', '16')
 
 
@@ -955,9 +958,8 @@ def test_a_collapse_stops_the_run():
     out, kept = folder('collapse'), reinforce.health
     reinforce.health = lambda *a: {**kept(*a), 'sick': True}
     try:
-        raises(FloatingPointError, ['collapsed by iteration', 'ckpt.pt'], reinforce.train,
-               reinforce.parse([*SMALL, '--iters', '40', '--eval_interval', '10',
-                                '--out_dir', str(out)]))
+        raises(FloatingPointError, ['collapsed by iteration', 'ckpt.pt'], train, reinforce, out,
+               *SMALL, '--iters', '40', '--eval_interval', '10')
     finally:
         reinforce.health = kept
     assert load_checkpoint(out / 'ckpt.pt')['iter'] == 0
@@ -1042,6 +1044,7 @@ def test_the_commands_of_the_readme():
     text = command('reinforce.py', *SMALL, '--out_dir', out).stdout
     assert re.search(r'warm start +[\d.]+.*\ntuned +[\d.]+', text), text
     assert (out / 'samples.txt').read_text().count('question  ') == 12
+    assert (out / 'curves.png').stat().st_size > 1000
     ckpt = out / 'ckpt.pt'
     command('sample.py', '--ckpt', ckpt, '--question', 'Who ?', '--context', 'Ada built it .')
     text = command('sample.py', '--compare', out / 'sft.pt', ckpt, '--prompts', '3').stdout
