@@ -166,8 +166,8 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def head(self, x):
-        """Logits (..., V) of trunk outputs (..., C), in float32 at least."""
-        return at_least_float32(F.linear(x, self.wte.weight))
+        """Logits (..., V) of trunk outputs (..., C)."""
+        return linear_in_float32(x, self.wte.weight)
 
     def forward(self, tokens, pad=None):
         """Logits (B, T, V) of ids or one-hots; for training use `logprobs`, which holds fewer."""
@@ -269,7 +269,7 @@ class GPT(nn.Module):
         return self.hidden(self.embed(token[:, None]), pad, cache, slot)[:, 0]
 
     def cache(self, rows, columns):
-        """Zeroed keys and values (2, L, rows, H, columns, D), kept for the next call."""
+        """Keys and values (2, L, rows, H, columns, D), zeros at first, kept for the next call."""
         c, weight = self.config, self.wte.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
@@ -355,9 +355,15 @@ class GPT(nn.Module):
 HEAD_CHUNK = 2 ** 26              # logits held at once, elements (256 MiB in float32)
 
 
-def at_least_float32(x):
-    """bfloat16 to float32; float64, which tests use, stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def linear_in_float32(x, weight, bias=None):
+    """
+    F.linear outside of autocast, in float32; in float64, which tests use, where it comes so.
+
+    GPT-2's logits are around -100, where bfloat16 has steps of 0.5: a log-probability rounded so
+    is off by a tenth of a nat, and two passes over the same tokens disagree.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(weight.dtype), weight, bias)
 
 
 # -----------------------------------------------------------------------------
@@ -388,7 +394,7 @@ class Discriminator(nn.Module):
         """
         x = torch.cat((self.trunk.embed(prompt), self.trunk.embed(response)), dim=1)
         x = self.trunk.hidden(x, pad)[:, prompt.size(1):]                    # (B, R, C)
-        return at_least_float32(self.score(x).squeeze(-1))
+        return linear_in_float32(x, self.score.weight, self.score.bias).squeeze(-1)
 
     def compile(self):
         """Compiles the trunk in place."""

@@ -2,7 +2,7 @@
 PPO: InstructGPT's objective with the discriminator's score in the reward model's place.
 
     max_G  E[ r(x, y) - beta log(pi(y | x) / pi_SFT(y | x)) ] + gamma E[ log pi(passage) ]
-                                                           Ouyang et al. (2022), equation 2
+                            Ouyang et al. (2022), equation 2; an MLE anchor rides along
     step   mean_t min( w_t A_t, clip(w_t, 1 - eps, 1 + eps) A_t )      Schulman et al. (2017)
            w_t = pi / pi_old of token t, A_t by GAE from a critic      Schulman et al. (2016)
     max_D  E[ log sigmoid(s(x, y*) - s(x, y)) ]          or the minimax form, Goodfellow (2014)
@@ -11,7 +11,7 @@ $ python ppo.py --device cuda      GPT-2 124M on SQuAD 2.0
 $ python ppo.py --tiny             a toy, on a CPU, in minutes
 
 Left out on purpose: discounting (answers are short), a critic that shares the policy's trunk,
-normalised rewards beyond what the discriminator's margin bounds.
+a replay of old rollouts.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (GPT, Discriminator, GPTConfig, at_least_float32, carry, load_checkpoint,
+from model import (GPT, Discriminator, GPTConfig, carry, linear_in_float32, load_checkpoint,
                    save_checkpoint)
 
 # -----------------------------------------------------------------------------
@@ -78,8 +78,8 @@ class Config:
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, responses to each prompt
     micro_batch: int = 64            # responses of one backward pass; lower it to save memory
-    grad_clip: float = 1.0           # largest gradient norm, of either network
-    beta: float = 0.02               # KL penalty in the reward, per nat
+    grad_clip: float = 1.0           # largest gradient norm, of each network
+    beta: float = 0.02               # weight of the KL from the warm start, per nat
     anchor: float = 0.1              # weight of MLE beside the adversarial loss, at the start
     anchor_end: float = 0.02         # and at the end
     lr: float = 5e-6                 # peak learning rate of the generator
@@ -121,6 +121,7 @@ TINY = dict(
     eval_interval=25, minibatch=128, critic_lr=4e-3, pretrain=.7,
 )
 SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout lam'.split()             # lie in [0, 1]
+ABOVE_0 = 'grad_clip reward_clip clip value_clip approx_kl'.split()
 
 
 def parse(argv=None):
@@ -147,7 +148,11 @@ def parse(argv=None):
         if file is None:
             raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
                              'the --out_dir of a run')
-        settings = {k: v for k, v in load_checkpoint(file)['settings'].items() if k != 'overwrite'}
+        settings = load_checkpoint(file)['settings']
+        unknown = settings.keys() - Config.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f'--resume: {file} is of another script, which has --{min(unknown)}: '
+                             'give the --out_dir of a run of this one')
     cfg = Config(**{**settings, **given})
     check(cfg)
     return cfg
@@ -163,7 +168,7 @@ def check(cfg):
                 least <= value <= most and math.isfinite(value)):
             raise ValueError(f'--{name} {value}: give a number of at least {least}' + (
                 f' and at most {most}' if name in SHARES else ''))
-    for name in 'grad_clip', 'reward_clip':
+    for name in ABOVE_0:
         if getattr(cfg, name) == 0:
             raise ValueError(f'--{name} 0: give a number above 0')
     if cfg.d_samples > cfg.samples:
@@ -175,9 +180,6 @@ def check(cfg):
 
 def check_approach(cfg):
     """Like `check`, of what is PPO's alone."""
-    for name in 'clip', 'value_clip', 'approx_kl':
-        if getattr(cfg, name) == 0:
-            raise ValueError(f'--{name} 0: give a number above 0')
     if cfg.minibatch > cfg.batch_size * cfg.samples:
         raise ValueError(f'--minibatch {cfg.minibatch} exceeds the rollout, --batch_size '
                          f'{cfg.batch_size} x --samples {cfg.samples}: lower it')
@@ -303,7 +305,7 @@ class Critic(Discriminator):
         """Values (B, T - start) of tokens (B, T), prompt and response, one for each response token;
         each sees what stands to the left of its token."""
         x = self.trunk.hidden(self.trunk.embed(tokens[:, :-1]), pad)[:, start - 1:]
-        return at_least_float32(self.score(x).squeeze(-1))
+        return linear_in_float32(x, self.score.weight, self.score.bias).squeeze(-1)
 
     def start_from(self, discriminator):
         """Takes its trunk, which can judge prefixes already, under a head that says 0."""
@@ -399,7 +401,7 @@ def update(network, optimizer, lr, cfg):
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip)
     if not norm.isfinite():
         raise FloatingPointError(f'the gradient of the {type(network).__name__} is not finite: '
-                                 'lower --lr, --d_lr or --sft_lr and --resume')
+                                 'lower its learning rate and --resume')
     for group in optimizer.param_groups:
         group['lr'] = lr
     optimizer.step()
@@ -530,7 +532,7 @@ def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages,
 
     past      old_logprobs, old_values, advantages, returns, each (B*K, R)
     passages  (n, T) ids for the pretraining term; None for none
-    returns   tensor of figures: g_loss, v_loss, mle, approx_kl, clip_fraction, g_norm (of policy
+    returns   list of figures: g_loss, v_loss, mle, approx_kl, clip_fraction, g_norm (of policy
               loss and anchor), pretrain_norm (of the pretraining term), pretrain
     """
     P, params = roll.prompt.size(1), list(generator.parameters())
@@ -553,7 +555,8 @@ def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages,
         with autocast(cfg):
             logprobs, _ = generator.logprobs(tokens, r.pad, P)
             values = critic(tokens, r.pad, P)
-            mle = mle_loss(generator, gold) * gold.mask.sum() / gold_tokens
+            with torch.set_grad_enabled(anchor > 0):
+                mle = mle_loss(generator, gold) * gold.mask.sum() / gold_tokens
         g_loss = clipped_policy_loss(logprobs, old_logprobs, advantages, r.mask,
                                      cfg.clip) / n_tokens
         v_loss = value_loss(values, old_values, returns, r.mask, cfg.value_clip) / n_tokens
@@ -561,7 +564,7 @@ def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages,
         with torch.no_grad():
             log_ratio = (logprobs - old_logprobs) * r.mask
             ratio = log_ratio.exp()
-            approx_kl = (ratio - 1 - log_ratio).sum() / n_tokens             # k3, Schulman 2020
+            approx_kl = (log_ratio.expm1() - log_ratio).sum() / n_tokens     # k3, Schulman 2020
             clipped = ((ratio - 1).abs() > cfg.clip).sum() / n_tokens
             sums += torch.stack((g_loss, v_loss, mle, approx_kl, clipped))
     g_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
@@ -586,8 +589,10 @@ def ppo_step(generator, critic, optimizers, roll, rewards, batch, passages, anch
     old_logprobs, old_values, entropy = look_back(generator, critic, roll, cfg)
     log_ratio = (old_logprobs - roll.ref_logprobs) * roll.mask               # k1, (B*K, R)
     kl, mask = (log_ratio.sum() / roll.mask.sum()).item(), roll.mask
-    advantages, returns = gae(rewards - running['beta'] * log_ratio, old_values, mask, cfg.lam)
-    unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
+    beta = cfg.beta * running['beta_factor']
+    advantages, returns = gae(rewards - beta * log_ratio, old_values, mask, cfg.lam)
+    unexplained = ((returns - old_values)[mask].var(correction=0)
+                   / returns[mask].var(correction=0).clamp(min=1e-8))
     past = old_logprobs, old_values, whiten(advantages, mask), returns
     figures = []
     for _ in range(cfg.epochs):
@@ -606,10 +611,10 @@ def ppo_step(generator, critic, optimizers, roll, rewards, batch, passages, anch
             break
     names = 'g_loss v_loss mle approx_kl clip_fraction g_norm pretrain_norm pretrain'.split()
     record = dict(zip(names, np.mean(figures, 0).tolist()))
-    record |= {'kl': kl, 'entropy': entropy.item(), 'beta': running['beta'],
+    record |= {'kl': kl, 'entropy': entropy.item(), 'beta': beta,
                'explained_variance': 1 - unexplained.item(), 'updates': len(figures)}
     if cfg.kl_target:                                # Ziegler et al. 2019, section 2.2
-        running['beta'] *= 1 + .1 * min(max(kl / cfg.kl_target - 1, -.2), .2)
+        running['beta_factor'] *= 1 + .1 * min(max(kl / cfg.kl_target - 1, -.2), .2)
     return record
 
 
@@ -629,7 +634,7 @@ def health(roll, batch, cfg):
 PATIENCE = 20                # iterations in a row that may be sick
 
 
-def control_steps(generator, train_set, cfg):
+def control_steps(reference, train_set, cfg):
     """
     MLE steps that take the time of one adversarial iteration, at least 1: both are run and timed,
     the iterations by `train` itself in a folder of their own.
@@ -641,7 +646,9 @@ def control_steps(generator, train_set, cfg):
     with contextlib.redirect_stdout(io.StringIO()):
         seconds = train(trial)['seconds']
     shutil.rmtree(folder)
-    twin = copy.deepcopy(generator)
+    twin = copy.deepcopy(reference).requires_grad_()
+    if cfg.compile:
+        twin.compile()
     optimizer, times = adamw(twin, cfg), []
     for step in range(10):
         start = time.perf_counter()
@@ -854,6 +861,9 @@ def train(cfg, caught=()):
                                   cfg.max_prompt + cfg.max_response) if cfg.pretrain else None
     # models
     generator = load_generator(cfg, enc)
+    reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
+    if cfg.compile:
+        generator.compile()
     # warm start
     resuming = cfg.resume and (out / 'ckpt.pt').exists()
     saved = load_checkpoint(out / 'ckpt.pt') if resuming else {'iter': 0}
@@ -861,7 +871,7 @@ def train(cfg, caught=()):
     log = open_log(out, cfg, sft_iter, saved['iter'])
     if not warm_start(generator, train_set, out, log, caught, cfg):
         return None
-    reference = copy.deepcopy(generator).requires_grad_(False)
+    reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     critic = Critic(generator).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator, cfg), adamw(discriminator, cfg)
@@ -870,7 +880,7 @@ def train(cfg, caught=()):
     replay = Fakes(torch.zeros(0, dtype=torch.long), nothing.response, nothing.mask)
     # d_acc starts at chance; mean and square of the score are unknown until one is seen
     running = {'d_acc': .5, 'mean': None, 'square': None, 'g_steps': 0, 'sick': 0,
-               'control_steps': 0, 'beta': cfg.beta, 'updates': 0}
+               'control_steps': 0, 'beta_factor': 1.0, 'updates': 0}
     # resume
     if resuming:
         generator.load_strictly(saved['model'], out / 'ckpt.pt')
@@ -881,10 +891,10 @@ def train(cfg, caught=()):
         critic_optimizer.load_state_dict(saved['critic_optimizer'])
         replay, running = Fakes(*saved['replay']), saved['running']
     elif cfg.control:
-        running['control_steps'] = control_steps(generator, train_set, cfg)
+        running['control_steps'] = control_steps(reference, train_set, cfg)
         print(f'control: {running["control_steps"]} MLE steps for each iteration', flush=True)
     if cfg.compile:
-        for network in generator, reference, discriminator, critic:
+        for network in reference, discriminator, critic:
             network.compile()
 
     all_seconds = []

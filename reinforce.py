@@ -75,8 +75,8 @@ class Config:
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, responses to each prompt
     micro_batch: int = 64            # responses of one backward pass; lower it to save memory
-    grad_clip: float = 1.0           # largest gradient norm, of either network
-    beta: float = 0.02               # KL penalty in the reward, per nat
+    grad_clip: float = 1.0           # largest gradient norm, of each network
+    beta: float = 0.02               # weight of the KL from the warm start, per nat
     anchor: float = 0.1              # weight of MLE beside the adversarial loss, at the start
     anchor_end: float = 0.02         # and at the end
     lr: float = 5e-6                 # peak learning rate of the generator
@@ -111,6 +111,7 @@ TINY = dict(
 
 
 SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout baseline_decay'.split()  # lie in [0, 1]
+ABOVE_0 = 'grad_clip reward_clip'.split()
 
 
 def parse(argv=None):
@@ -137,7 +138,11 @@ def parse(argv=None):
         if file is None:
             raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
                              'the --out_dir of a run')
-        settings = {k: v for k, v in load_checkpoint(file)['settings'].items() if k != 'overwrite'}
+        settings = load_checkpoint(file)['settings']
+        unknown = settings.keys() - Config.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f'--resume: {file} is of another script, which has --{min(unknown)}: '
+                             'give the --out_dir of a run of this one')
     cfg = Config(**{**settings, **given})
     check(cfg)
     return cfg
@@ -153,7 +158,7 @@ def check(cfg):
                 least <= value <= most and math.isfinite(value)):
             raise ValueError(f'--{name} {value}: give a number of at least {least}' + (
                 f' and at most {most}' if name in SHARES else ''))
-    for name in 'grad_clip', 'reward_clip':
+    for name in ABOVE_0:
         if getattr(cfg, name) == 0:
             raise ValueError(f'--{name} 0: give a number above 0')
     if cfg.d_samples > cfg.samples:
@@ -345,7 +350,7 @@ def update(network, optimizer, lr, cfg):
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip)
     if not norm.isfinite():
         raise FloatingPointError(f'the gradient of the {type(network).__name__} is not finite: '
-                                 'lower --lr, --d_lr or --sft_lr and --resume')
+                                 'lower its learning rate and --resume')
     for group in optimizer.param_groups:
         group['lr'] = lr
     optimizer.step()
@@ -506,7 +511,7 @@ def health(roll, batch, cfg):
 PATIENCE = 20                # iterations in a row that may be sick
 
 
-def control_steps(generator, train_set, cfg):
+def control_steps(reference, train_set, cfg):
     """
     MLE steps that take the time of one adversarial iteration, at least 1: both are run and timed,
     the iterations by `train` itself in a folder of their own.
@@ -518,7 +523,9 @@ def control_steps(generator, train_set, cfg):
     with contextlib.redirect_stdout(io.StringIO()):
         seconds = train(trial)['seconds']
     shutil.rmtree(folder)
-    twin = copy.deepcopy(generator)
+    twin = copy.deepcopy(reference).requires_grad_()
+    if cfg.compile:
+        twin.compile()
     optimizer, times = adamw(twin, cfg), []
     for step in range(10):
         start = time.perf_counter()
@@ -729,6 +736,9 @@ def train(cfg, caught=()):
     enc, train_set, dev_set = load_data(cfg)
     # models
     generator = load_generator(cfg, enc)
+    reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
+    if cfg.compile:
+        generator.compile()
     # warm start
     resuming = cfg.resume and (out / 'ckpt.pt').exists()
     saved = load_checkpoint(out / 'ckpt.pt') if resuming else {'iter': 0}
@@ -736,7 +746,7 @@ def train(cfg, caught=()):
     log = open_log(out, cfg, sft_iter, saved['iter'])
     if not warm_start(generator, train_set, out, log, caught, cfg):
         return None
-    reference = copy.deepcopy(generator).requires_grad_(False)
+    reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator, cfg), adamw(discriminator, cfg)
     nothing = train_set.batch([])
@@ -752,10 +762,10 @@ def train(cfg, caught=()):
         d_optimizer.load_state_dict(saved['d_optimizer'])
         replay, running = Fakes(*saved['replay']), saved['running']
     elif cfg.control:
-        running['control_steps'] = control_steps(generator, train_set, cfg)
+        running['control_steps'] = control_steps(reference, train_set, cfg)
         print(f'control: {running["control_steps"]} MLE steps for each iteration', flush=True)
     if cfg.compile:
-        for network in generator, reference, discriminator:
+        for network in reference, discriminator:
             network.compile()
 
     all_seconds = []
