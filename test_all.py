@@ -37,12 +37,13 @@ import torch
 import torch.nn.functional as F
 
 import data
+import gumbel
 import model
 import ppo
 import reinforce
 from model import GPT, Discriminator, GPTConfig, load_checkpoint, save_checkpoint
 
-SCRIPTS = [reinforce, ppo]
+SCRIPTS = [reinforce, ppo, gumbel]
 
 
 def tiny_gpt(seed=0, **changes):
@@ -858,6 +859,173 @@ def test_ppo_stops_early_and_adapts_beta():
 
 
 # -----------------------------------------------------------------------------
+# gumbel
+
+
+def small_rollout(dtype=torch.float32, **changes):
+    """A generator, a discriminator whose head is not 0, and a rollout with its noise."""
+    gpt, rng = tiny_gpt(**changes).to(dtype), torch.Generator().manual_seed(1)
+    discriminator = Discriminator(tiny_gpt(seed=1, **changes)).to(dtype).eval()
+    torch.nn.init.normal_(discriminator.score.weight)
+    prompt, pad = torch.randint(0, 13, (6, 5)), torch.tensor([0, 2, 1, 0, 3, 0])
+    response, mask, noise = gpt.generate(prompt, pad, 4, 12, rng=rng, keep_noise=True)
+    return gpt, discriminator, gumbel.Rollout(prompt, pad, response, mask, mask[:, -1], noise)
+
+
+def test_the_replayed_pass_gives_the_sampled_tokens():
+    for kind in torch.float32, torch.bfloat16:
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, kind == torch.bfloat16):
+            gpt, _, r = small_rollout()
+            logits = gumbel.response_logits(gpt, r.prompt, r.response, r.pad)
+        assert kind == torch.bfloat16 or torch.equal(
+            (logits + r.noise).argmax(-1)[r.mask], r.response[r.mask])
+        z = gumbel.relax(logits, r.noise, r.response, r.mask, .7, hard=True)
+        onehots = F.one_hot(r.response, 13).float()
+        assert torch.equal(z.argmax(-1), r.response) and (z - onehots).abs().max() < 1e-6
+
+
+def test_gumbel_gradient_is_that_of_the_sequential_sampler():
+    """One token at a time without a cache, its prefix detached, against the one parallel pass."""
+    gpt, discriminator, r = small_rollout(torch.float64)
+    columns = []
+    for t in range(4):
+        tokens = torch.cat((r.prompt, r.response[:, :t]), 1)
+        y = ((gpt(tokens, r.pad)[:, -1] + r.noise[:, t]) / .7).softmax(-1)
+        onehot = torch.zeros_like(y).scatter(1, r.response[:, t:t + 1], 1.)
+        columns.append(torch.where(r.mask[:, t:t + 1], onehot + y - y.detach(), onehot))
+    wanted = gradient_of(gpt, discriminator, r, torch.stack(columns, 1))
+    z = gumbel.relax(gumbel.response_logits(gpt, r.prompt, r.response, r.pad), r.noise, r.response,
+                     r.mask, .7, hard=True)
+    for a, b in zip(wanted, gradient_of(gpt, discriminator, r, z)):
+        assert (a - b).abs().max() < 1e-9
+    assert max(a.abs().max() for a in wanted) > 1e-4
+
+
+def gradient_of(gpt, discriminator, r, z):
+    """Of the mean score of samples z by the generator's parameters."""
+    s = model.carry(discriminator(r.prompt, z, r.pad), r.mask)[:, -1]
+    return torch.autograd.grad(s.mean(), list(gpt.parameters()))
+
+
+def test_gumbel_step_takes_the_gradient_of_its_parts():
+    """Over the prefixes from the first difference on, a tie left out; in micro-batches."""
+    gpt, discriminator, r = small_rollout()
+    reference, P = tiny_gpt(5), 5
+    gold, gold_mask = torch.randint(0, 12, (6, 4)), torch.ones(6, 4).bool()
+    gold[0], gold_mask[0] = r.response[0], r.mask[0]                         # a tie
+    gold[1, 0], gold[2, 2:], gold_mask[2, 3:] = r.response[1, 0], 12, False
+    batch = data.Batch(r.prompt, r.pad, gold, gold_mask)
+    cfg = gumbel.parse(['--tiny', '--samples', '1', '--d_samples', '1', '--micro_batch', '4',
+                        '--grad_clip', '1e9', '--beta', '.3'])
+    cfg.dtype, optimizer = 'float32', Keep(gpt)
+    record = gumbel.gumbel_step(gpt, reference, discriminator, optimizer, r, batch, .4, .7, 0., cfg)
+    tokens = torch.cat((r.prompt, r.response), 1)
+    logits, ref_logits = (net(tokens, r.pad)[:, P - 1:-1] for net in (gpt, reference))
+    soft = ((logits + r.noise) / .7).softmax(-1)
+    z = F.one_hot(r.response, 13) + (soft - soft.detach()) * r.mask[..., None]
+    fake, real = discriminator(r.prompt, z, r.pad), discriminator(r.prompt, gold, r.pad)
+    g_loss = 0.0
+    for i in range(1, 6):
+        last, gold_last = int(r.mask[i].sum()) - 1, int(gold_mask[i].sum()) - 1
+        first = int((r.response[i] != gold[i]).nonzero()[0])
+        terms = [F.softplus(real[i, min(t, gold_last)] - fake[i, min(t, last)])
+                 for t in range(first, max(last, gold_last) + 1)]
+        g_loss = g_loss + sum(terms) / len(terms) / 6
+    p = logits.softmax(-1)
+    kl = ((p * (p.log() - ref_logits.log_softmax(-1))).sum(-1) * r.mask).sum()
+    wanted = gradient(gpt, g_loss + .3 * kl / 6 + .4 * gumbel.mle_loss(gpt, batch))
+    assert (optimizer.kept - wanted).abs().max() < 1e-5 and wanted.abs().max() > 1e-3
+    assert abs(record['g_loss'] - g_loss) < 1e-5 and abs(record['kl'] - kl / r.mask.sum()) < 1e-5
+    assert all(q.grad is None for q in discriminator.parameters())
+
+
+def test_relaxed_samples_become_one_hot_and_follow_the_softmax():
+    torch.manual_seed(0)
+    N, logits = 20000, torch.randn(1, 1, 7).expand(20000, 1, 7)
+    noise = -torch.empty(N, 1, 7).exponential_().log()
+    response = (logits + noise).argmax(-1)
+    z = gumbel.relax(logits, noise, response, torch.ones(N, 1).bool(), 1e-5, hard=False)
+    assert torch.equal(z.argmax(-1), response) and z.max(-1).values.mean() > .999
+    expected = N * logits[0, 0].softmax(-1)
+    chi_square = ((z.sum((0, 1)) - expected).square() / expected).sum()
+    assert chi_square < 22.5, chi_square             # 6 degrees of freedom, p = .001
+
+
+def test_gradient_penalty_against_finite_differences():
+    _, discriminator, r = small_rollout(torch.float64)
+
+    def score(onehots):
+        return model.carry(discriminator(r.prompt, onehots, r.pad), r.mask)[:, -1]
+
+    with torch.no_grad():
+        onehots, wanted = F.one_hot(r.response, 13).double(), 0.0
+        for t, v in itertools.product(range(4), range(13)):
+            step = torch.zeros_like(onehots)
+            step[:, t, v] = 1e-5
+            slope = (score(onehots + step) - score(onehots - step)) / 2e-5   # (6,)
+            wanted += slope.square().mean() / 13
+    args = r.prompt, r.pad, r.response, r.mask
+    got = gumbel.gradient_penalty(discriminator, *args)
+    assert abs(got - wanted) < 1e-8 and got > 1e-4
+    p = discriminator.trunk.h[0].attn.c_attn.weight
+    grad, = torch.autograd.grad(got, p)
+    with torch.no_grad():
+        direction, ends = torch.randn_like(p), []
+        for sign in 1, -1:
+            p.add_(sign * 1e-5 * direction)
+            with torch.enable_grad():
+                ends.append(gumbel.gradient_penalty(discriminator, *args).item())
+            p.sub_(sign * 1e-5 * direction)
+    assert abs((ends[0] - ends[1]) / 2e-5 - (grad * direction).sum()) < 1e-7
+
+
+def test_bias_and_variance_of_the_estimator():
+    """
+    Two tokens of a vocabulary of 5 from tables of logits, and a score that is not linear in them:
+    the gradients of 40,000 samples against the one over all 25 responses. The table is printed.
+    """
+    torch.manual_seed(0)
+    N, V = 40000, 5
+    first, second = torch.randn(V).double(), torch.randn(V, V).double()
+    weights = torch.randn(V, V).double()
+
+    def score(z):                                    # (n, 2, V) to (n,)
+        return 2 * torch.einsum('nu,nv,uv->n', z[:, 0], z[:, 1], weights).tanh()
+
+    pairs = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+    tables = first.clone().requires_grad_(), second.clone().requires_grad_()
+    logp = tables[0].log_softmax(-1)[pairs[:, 0]] + tables[1].log_softmax(-1)[tuple(pairs.t())]
+    value = (logp.exp() * score(F.one_hot(pairs, V).double())).sum()
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(value, tables)])
+    noise = -torch.empty(N, 2, V).double().exponential_().log()
+    y1 = (first + noise[:, 0]).argmax(-1)
+    y = torch.stack((y1, (second[y1] + noise[:, 1]).argmax(-1)), 1)          # (N, 2)
+    mask = torch.ones(N, 2).bool()
+
+    def figures(by_logits):                          # (N, 2, V) to bias and deviation
+        grads = torch.zeros(N, V + V * V).double()
+        grads[:, :V] = by_logits[:, 0]
+        grads[:, V:].view(N, V, V)[torch.arange(N), y1] = by_logits[:, 1]
+        spread = grads.var(0).sum().sqrt()
+        return [(z.norm() / exact.norm()).item() for z in (grads.mean(0) - exact, spread)]
+
+    found, logits = {}, torch.stack((first.expand(N, V), second[y1]), 1)
+    for tau in .1, .5, 1., 2., 10.:
+        leaf = logits.clone().requires_grad_()
+        s = score(gumbel.relax(leaf, noise, y, mask, tau, hard=True))
+        found[tau] = figures(torch.autograd.grad(s.sum(), leaf)[0])
+    leaf = logits.clone().requires_grad_()
+    s, logp = score(F.one_hot(y, V).double()), leaf.log_softmax(-1).gather(-1, y[..., None])
+    found['REINFORCE'] = figures(torch.autograd.grad(((s - s.mean()) * logp.sum((1, 2))).sum(),
+                                                     leaf)[0])
+    for name, (bias, deviation) in found.items():
+        print(f'{name:>9}  bias {bias:.3f}  deviation {deviation:.2f}, of the exact norm')
+    assert found['REINFORCE'][0] < 5 * found['REINFORCE'][1] / math.sqrt(N)
+    assert found[.1][1] > found[1.][1] > found[10.][1]                       # variance by 1 / tau
+    assert all(found[tau][0] > .05 for tau in (.1, .5, 1., 2., 10.))         # bias at any
+
+
+# -----------------------------------------------------------------------------
 # the road: runs, resumes, command lines
 
 SMALL = ['--tiny', '--n_layer', '1', '--n_embd', '16', '--sft_iters', '4', '--iters', '4',
@@ -929,14 +1097,20 @@ def test_a_resumed_ppo_run_equals_an_uninterrupted_one():
     assert saved['critic_optimizer']['state']
 
 
-def frozen_parts_hold_nothing(script, *more):
-    (rollout, adamw), networks, tended = (script.rollout, script.adamw), [], []
-    script.rollout = lambda *a: networks.append(a[:2]) or rollout(*a)
+def test_a_resumed_gumbel_run_equals_an_uninterrupted_one():
+    resumed_equals_uninterrupted(gumbel, '--beta', '.1')
+
+
+def frozen_parts_hold_nothing(script, station, *more):
+    """`station` names the function that is given the generator and the reference first."""
+    (kept, adamw), networks, tended = (getattr(script, station), script.adamw), [], []
+    setattr(script, station, lambda *a: networks.append(a[:2]) or kept(*a))
     script.adamw = lambda network, cfg: tended.append(network) or adamw(network, cfg)
     try:
         train(script, folder('frozen'), *SMALL, *more)
     finally:
-        script.rollout, script.adamw = rollout, adamw
+        setattr(script, station, kept)
+        script.adamw = adamw
     generator, reference = networks[-1]
     assert generator is not reference and reference not in tended and generator in tended
     assert not any(p.requires_grad for p in reference.parameters())
@@ -945,8 +1119,9 @@ def frozen_parts_hold_nothing(script, *more):
 
 
 def test_frozen_parts_hold_no_gradients_and_no_optimizer_state():
-    frozen_parts_hold_nothing(reinforce)
-    frozen_parts_hold_nothing(ppo, '--minibatch', '8')
+    frozen_parts_hold_nothing(reinforce, 'rollout')
+    frozen_parts_hold_nothing(ppo, 'rollout', '--minibatch', '8')
+    frozen_parts_hold_nothing(gumbel, 'gumbel_step')
 
 
 def test_variants_run():
@@ -958,7 +1133,9 @@ def test_variants_run():
                           (reinforce, ['--max_response', '1']),
                           (ppo, ['--minibatch', '7', '--samples', '1', '--d_samples', '1']),
                           (ppo, ['--minibatch', '8', '--dtype', 'bfloat16', '--reward', 'dense']),
-                          (ppo, ['--minibatch', '8', '--pretrain', '0', '--no-relative'])):
+                          (ppo, ['--minibatch', '8', '--pretrain', '0', '--no-relative']),
+                          (gumbel, ['--no-hard', '--d_loss', 'minimax', '--d_replay', '0']),
+                          (gumbel, ['--dtype', 'bfloat16', '--samples', '1', '--d_samples', '1'])):
         out = folder('variant')
         result = train(script, out, *SMALL, *flags)
         assert math.isfinite(result['tuned']['f1']), flags
@@ -995,6 +1172,7 @@ def compiled_equals_eager(script, *more):
 def test_compiled_runs_equal_eager_ones():           # one test: they share most kernels
     compiled_equals_eager(reinforce, '--baseline', 'mean')
     compiled_equals_eager(ppo, '--minibatch', '8')
+    compiled_equals_eager(gumbel)
 
 
 def test_health_knows_a_collapse():
@@ -1028,15 +1206,15 @@ def command(script, *flags, expect=0, **kwargs):
 
 
 def test_a_mistake_is_one_sentence():
-    full, empty, other = folder('full'), folder('no squad'), folder('of another script')
+    full, other = folder('full'), folder('of another script')
     (full / 'metrics.jsonl').write_text('')
     train(reinforce, other, *SMALL, '--iters', '0')
     for script, flags, words, code in (              # some as commands, which take seconds each
             ('reinforce.py', ['--lr', '-1'], ['--lr -1', 'at least 0'], 1),
             ('reinforce.py', ['--learning_rate', '1'], ['--learning_rate'], 2),
             ('reinforce.py', ['--d_loss', 'wgan'], ['--d_loss', 'minimax'], 2),
-            ('reinforce.py', ['--data', empty, '--out_dir', SCRATCH / 'a'],
-             [str(empty), 'train-v2.0.json'], 1),
+            ('reinforce.py', ['--tiny', '--init_from', 'gone.bin', '--out_dir', SCRATCH / 'a'],
+             ['gone.bin'], 1),
             ('ppo.py', ['--minibatch', '999'], ['--minibatch 999', '--batch_size 64'], 1),
             ('sample.py', ['--ckpt', 'gone.pt', '--question', 'Who?'], ['gone.pt'], 1)):
         err = command(script, *flags, expect=code).stderr.strip()
@@ -1048,11 +1226,12 @@ def test_a_mistake_is_one_sentence():
             (reinforce, new, ['--tiny', '--n_embd', '10'], ['n_embd 10', 'n_head']),
             (reinforce, full, ['--tiny'], [str(full), '--resume', '--overwrite']),
             (reinforce, SCRATCH / 'gone', ['--resume'], ['--resume', 'no checkpoint']),
-            (reinforce, new, ['--tiny', '--init_from', 'gone.bin'], ['gone.bin']),
             (reinforce, new, ['--tiny', '--samples', '1', '--d_samples', '1'],
              ['--samples 1', '--baseline mean']),
             (ppo, new, ['--kl_target', '1', '--beta', '0'], ['--kl_target 1.0', '--beta']),
             (ppo, new, ['--clip', '0'], ['--clip 0', 'above 0']),
+            (gumbel, new, ['--tau_end', '.05'], ['--tau_end 0.05', 'at least 0.1']),
+            (gumbel, new, ['--no-hard'], ['--no-hard', '--d_replay 0.25']),
             (ppo, other, ['--resume'], [str(other), 'another script', '--baseline'])):
         raises((ValueError, FileNotFoundError), words, train, script, out, *flags)
 
@@ -1120,6 +1299,7 @@ def test_no_drift():
     stations = ['setup', 'data', 'models', 'warm start', 'resume', 'evaluate and checkpoint',
                 'rollout', 'discriminator step', 'generator step', 'log']
     own = {'train', 'check_approach'}                # same name, another text
+    of_gumbel = {'Rollout', 'rollout', 'discriminator_step'}                 # noise, one-hots
     functions, settings = [], []
     for script in SCRIPTS:
         source = inspect.getsource(script)
@@ -1131,7 +1311,8 @@ def test_no_drift():
         functions.append({n: inspect.getsource(f) for n, f in vars(script).items()
                           if getattr(f, '__module__', '') == script.__name__
                           and (inspect.isfunction(f) or inspect.isclass(f))
-                          and n not in own | {'Config'}})
+                          and n not in own | {'Config'}
+                          and not (script is gumbel and n in of_gumbel)})
         settings.append(dict(re.findall(r'^    (\w+): (.*)$', inspect.getsource(script.Config),
                                         re.M)))
         assert re.sub(r'# .*', '', settings[-1].pop('out_dir')).strip() \

@@ -1,0 +1,906 @@
+"""
+Gumbel-softmax: the discriminator's gradient reaches the generator through its own samples.
+
+    y_t = argmax(logits_t + g_t)                          g ~ Gumbel(0, 1), Maddison et al. (2014)
+    z_t = onehot(y_t) + p_t - stop(p_t)      p_t = softmax((logits_t + g_t) / tau)
+                                               straight-through, Jang et al. (2017)
+    min_G  E[ -log sigmoid(s(x, z) - s(x, y*)) ] + beta KL(pi || pi_SFT)
+    max_D  E[ log sigmoid(s(x, y*) - s(x, z)) ] - r1 |grad s(x, y*)|^2   Mescheder et al. (2018)
+
+$ python gumbel.py --device cuda      GPT-2 124M on SQuAD 2.0
+$ python gumbel.py --tiny             a toy, on a CPU, in minutes
+
+Left out on purpose: gradients through what a token does to later ones (each prefix is ids, as it
+was sampled), samples of the relaxed distribution in evaluation.
+"""
+
+import argparse
+import contextlib
+import copy
+import inspect
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple, Optional, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import data
+from model import GPT, Discriminator, GPTConfig, carry, load_checkpoint, save_checkpoint
+
+# -----------------------------------------------------------------------------
+# config: every field is a flag, its comment is the flag's --help
+
+
+@dataclass
+class Config:
+    # i/o
+    out_dir: str = 'out/gumbel'      # where checkpoints, metrics, curves and samples go
+    seed: int = 1                    # of new weights, the order of examples, the sampling noise
+    device: str = 'auto'             # cuda, cuda:1, mps, cpu; auto takes the first there is
+    dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'  # of activations; auto: bfloat16 on CUDA
+    compile: Optional[bool] = None   # torch.compile; None: on CUDA only
+    resume: bool = False             # go on from out_dir, with its settings; flags given here win
+    overwrite: bool = False          # start anew in an out_dir that holds a run
+    tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
+    control: bool = False            # spend the adversarial stage's time on more MLE instead
+    log_interval: int = 10           # iterations from one printed line to the next
+    eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
+    eval_prompts: int = 500          # dev prompts of an evaluation
+    # data
+    data: str = 'squad_v2'           # squad_v2 (hub), toy, or a directory of official files
+    context: bool = True             # put the passage into the prompt; the poster did not
+    max_prompt: int = 256            # P, tokens
+    max_response: int = 32           # R, tokens, with <|endoftext|>
+    # model
+    init_from: str = 'gpt2'          # gpt2[-medium|-large|-xl], distilgpt2, a path, or scratch
+    n_layer: int = 12                # of scratch
+    n_head: int = 12                 # of scratch
+    n_embd: int = 768                # of scratch
+    # warm start
+    sft_iters: int = 8000            # MLE steps on gold answers; 0 for none
+    sft_batch_size: int = 32         # examples of an MLE step
+    sft_lr: float = 3e-5             # its peak learning rate
+    # adversarial stage
+    iters: int = 1000                # rollouts
+    batch_size: int = 64             # prompts of a rollout
+    samples: int = 4                 # K, responses to each prompt
+    micro_batch: int = 64            # responses of one backward pass; lower it to save memory
+    grad_clip: float = 1.0           # largest gradient norm, of each network
+    beta: float = 0.02               # weight of the KL from the warm start, per nat
+    anchor: float = 0.1              # weight of MLE beside the adversarial loss, at the start
+    anchor_end: float = 0.02         # and at the end
+    lr: float = 5e-6                 # peak learning rate of the generator
+    lr_warmup: int = 20              # generator steps up to the peak
+    # discriminator
+    d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
+    d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
+    d_lr: float = 1e-5               # its learning rate
+    d_samples: int = 1               # responses to each prompt in its step
+    d_warmup_iters: int = 200        # at most so many iterations before the generator moves
+    d_warmup_acc: float = 0.75       # or until the running pair accuracy gets there
+    d_max_acc: float = 0.85          # steps are skipped while the running pair accuracy is above
+    d_dropout: float = 0.1           # in its own step only
+    d_replay: float = 0.25           # share of its fakes that are from earlier iterations
+    # gumbel
+    tau: float = 1.0                 # temperature of the relaxed samples, at the start
+    tau_end: float = 0.5             # and at the end
+    hard: bool = True                # one-hot samples, relaxed in the backward pass alone
+    r1: float = 1.0                  # penalty on the discriminator's gradient at gold answers
+
+
+TINY = dict(
+    data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
+    device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=350, batch_size=128,
+    samples=2, micro_batch=256, beta=0.0, anchor=4.0, anchor_end=4.0, lr=4e-3, d_lr=2e-3,
+    d_samples=2, d_warmup_iters=180, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, d_replay=0.0,
+    eval_interval=25, r1=.1,
+)
+
+
+SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout'.split()                 # lie in [0, 1]
+ABOVE_0 = ['grad_clip']
+
+
+def parse(argv=None):
+    """A Config from flags: their names, types, defaults and help are those of its fields."""
+    notes = dict(re.findall(r'^    (\w+):.*?  # +(.*)$', inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage='%(prog)s [--flag value ...]; %(prog)s --help lists them', allow_abbrev=False)
+    for f in fields(Config):
+        if f.type in (bool, Optional[bool]):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif get_args(f.type):
+            kind = dict(choices=get_args(f.type))
+        else:
+            kind = dict(type=f.type, metavar=f.type.__name__.upper())
+        parser.add_argument('--' + f.name, default=argparse.SUPPRESS,
+                            help=f'{notes[f.name]} (default: {f.default})', **kind)
+    given = vars(parser.parse_args(argv))
+    settings = dict(TINY) if given.get('tiny') else {}
+    if given.get('resume'):
+        out = Path(given.get('out_dir', settings.get('out_dir', Config.out_dir)))
+        files = [out / 'ckpt.pt', out / 'sft.pt']
+        file = next((f for f in files if f.exists()), None)
+        if file is None:
+            raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
+                             'the --out_dir of a run')
+        settings = load_checkpoint(file)['settings']
+        unknown = settings.keys() - Config.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f'--resume: {file} is of another script, which has --{min(unknown)}: '
+                             'give the --out_dir of a run of this one')
+    cfg = Config(**{**settings, **given})
+    check(cfg)
+    return cfg
+
+
+def check(cfg):
+    """Raises a ValueError naming the flag, its value and the remedy."""
+    may_be_0 = 'seed sft_iters iters lr_warmup d_warmup_iters'.split()
+    for name, value in asdict(cfg).items():
+        least = 1 if type(value) is int and name not in may_be_0 else 0
+        least, most = (0, 1) if name in SHARES else (least, math.inf)
+        if type(value) in (int, float) and name != 'no_eos_reward' and not (
+                least <= value <= most and math.isfinite(value)):
+            raise ValueError(f'--{name} {value}: give a number of at least {least}' + (
+                f' and at most {most}' if name in SHARES else ''))
+    for name in ABOVE_0:
+        if getattr(cfg, name) == 0:
+            raise ValueError(f'--{name} 0: give a number above 0')
+    if cfg.d_samples > cfg.samples:
+        raise ValueError(f'--d_samples {cfg.d_samples} exceeds --samples {cfg.samples}: lower it')
+    if cfg.resume and cfg.overwrite:
+        raise ValueError('--resume with --overwrite: give one of them')
+    check_approach(cfg)
+
+
+def check_approach(cfg):
+    """Like `check`, of what is Gumbel-softmax's alone."""
+    for name in 'tau', 'tau_end':
+        if getattr(cfg, name) < .1:
+            raise ValueError(f'--{name} {getattr(cfg, name)}: give at least 0.1, the gradient '
+                             'grows as its inverse')
+    if not cfg.hard and cfg.d_replay:
+        raise ValueError(f'--no-hard with --d_replay {cfg.d_replay}: give --d_replay 0, relaxed '
+                         'samples are not kept')
+
+
+# -----------------------------------------------------------------------------
+# losses: functions of tensors
+
+
+def mle_loss(generator, batch):
+    """Mean -log pi of the gold answers with their eos, nats per token; Batch in, scalar out."""
+    tokens = torch.cat((batch.prompt, batch.response), 1)                    # (B, T)
+    logprobs, _ = generator.logprobs(tokens, batch.pad, batch.prompt.size(1))
+    return -(logprobs * batch.mask).sum() / batch.mask.sum()
+
+
+def discriminator_loss(real, fake, kind):
+    """
+    What the discriminator minimises, elementwise, in nats.
+
+    real, fake  scores of the gold and of the sampled answer to one prompt, logits, any one shape
+    kind        pair: -log sigmoid(real - fake), Jolicoeur-Martineau 2019;
+                minimax: -log D(real) - log(1 - D(fake)), D = sigmoid(score), Goodfellow 2014
+    """
+    if kind == 'pair':
+        return F.softplus(fake - real)
+    return F.softplus(-real) + F.softplus(fake)
+
+
+def generator_loss(real, fake, kind):
+    """
+    What the generator minimises, elementwise, in nats; scores as in `discriminator_loss`.
+
+    kind  pair: -log sigmoid(fake - real); minimax: log(1 - D(fake)), the poster's, which has little
+          gradient where the discriminator is sure (Goodfellow 2014)
+    """
+    return F.softplus(real - fake) if kind == 'pair' else -F.softplus(fake)
+
+
+def relax(logits, noise, response, mask, tau, hard):
+    """
+    Samples (B, R, V) through which gradients reach the logits.
+
+    logits    (B, R, V) of each response token, given the sampled ones before it
+    noise     (B, R, V) the Gumbel noise that sampled them: response = argmax(logits + noise)
+    response  (B, R) ids, mask (B, R) True up to and including eos: what follows gets no gradient
+    hard      the value is the one-hot of the response, the gradient that of the relaxed sample
+              softmax((logits + noise) / tau) (straight-through, Jang et al. 2017); else both are
+              the relaxed sample's
+    """
+    onehots = F.one_hot(response, logits.size(-1)).to(logits.dtype)
+    soft = ((logits + noise) / tau).softmax(-1)
+    if hard:
+        soft = onehots + (soft - soft.detach())
+    return torch.where(mask[..., None], soft, onehots)
+
+
+def exact_kl(logits, ref_logits, mask):
+    """KL(pi || reference) at each token (B, R) from logits (B, R, V), nats; 0 outside the mask."""
+    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (logp.exp() * (logp - ref_logp)).sum(-1) * mask
+
+
+# -----------------------------------------------------------------------------
+# rollout and evaluation
+
+
+class Rollout(NamedTuple):
+    prompt: torch.Tensor         # (B*K, P) ids, the K samples of a prompt side by side
+    pad: torch.Tensor            # (B*K,) padding tokens on the left
+    response: torch.Tensor       # (B*K, R) sampled ids
+    mask: torch.Tensor           # (B*K, R) True up to and including eos
+    ended: torch.Tensor          # (B*K,) whether eos came within R
+    noise: torch.Tensor          # (B*K, R, V) Gumbel noise that sampled the response
+
+
+def autocast(cfg):
+    """bfloat16 activations on request; weights, losses and optimizers stay float32."""
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == 'bfloat16')
+
+
+@torch.no_grad()
+def rollout(generator, batch, eos, rng, cfg):
+    """K samples of each prompt, at temperature 1 over the full vocabulary, and their noise."""
+    with autocast(cfg):
+        response, mask, noise = generator.generate(batch.prompt, batch.pad, cfg.max_response, eos,
+                                                   samples=cfg.samples, rng=rng, keep_noise=True)
+    prompt, pad = (z.repeat_interleave(cfg.samples, 0) for z in (batch.prompt, batch.pad))
+    return Rollout(prompt, pad, response, mask, ((response == eos) & mask).any(1), noise)
+
+
+@torch.no_grad()
+def shown_samples(generator, roll, tau, cfg):
+    """The relaxed samples (B * d_samples, R, V) that a discriminator step pairs with gold ones."""
+    rows = torch.arange(len(roll.response)).view(-1, cfg.samples)[:, :cfg.d_samples].flatten()
+    r = Rollout(*(z[rows] for z in roll))
+    with autocast(cfg):
+        logits = response_logits(generator, r.prompt, r.response, r.pad)
+    return relax(logits, r.noise, r.response, r.mask, tau, hard=False)
+
+
+def response_logits(network, prompt, response, pad):
+    """Logits (B, R, V) of responses (B, R) to prompts (B, P), in one parallel pass."""
+    tokens = torch.cat((prompt, response[:, :-1]), 1)
+    return network.head(network.hidden(network.embed(tokens), pad)[:, prompt.size(1) - 1:])
+
+
+@torch.no_grad()
+def score(discriminator, prompt, pad, response, cfg):
+    """Scores s_t (N, R) of responses (N, R), logits."""
+    parts = zip(*(z.split(cfg.micro_batch) for z in (prompt, response, pad)))
+    with autocast(cfg):
+        return torch.cat([discriminator(*part) for part in parts])
+
+
+@torch.no_grad()
+def evaluate(generator, discriminator, split, enc, cfg):
+    """
+    Figures of a generator on the first eval_prompts of a split, and its sampled answers.
+
+    Greedy answers give em and f1 in percent (has_ and no_: of answerable and unanswerable
+    questions). One sample of each prompt at temperature .8 and top-k 100, the poster's, gives the
+    rest: sample_f1; reward, the mean score in logits; d_acc, the share of pairs that the
+    discriminator gets right, a tie counting half; length in tokens with eos; distinct2.
+    """
+    rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
+    examples, greedy, sampled, parts = split.examples[:cfg.eval_prompts], [], [], []
+    for rows in np.array_split(np.arange(len(examples)), -(-len(examples) // cfg.micro_batch)):
+        batch = split.batch(rows, cfg.device)
+        for temperature, answers in (0, greedy), (.8, sampled):
+            with autocast(cfg):
+                response, mask, _ = generator.generate(
+                    batch.prompt, batch.pad, cfg.max_response, split.eos, rng=rng,
+                    temperature=temperature, top_k=100)
+            answers += data.to_text(response, mask, enc)
+        fake = carry(score(discriminator, batch.prompt, batch.pad, response, cfg), mask)[:, -1]
+        real = carry(score(discriminator, batch.prompt, batch.pad, batch.response, cfg),
+                     batch.mask)[:, -1]
+        parts.append((response, mask, fake, (real > fake).float() + .5 * (real == fake)))
+    response, mask, fake, right = (torch.cat(z) for z in zip(*parts))
+    figures = data.score_answers(greedy, examples)
+    figures |= {'sample_f1': data.score_answers(sampled, examples)['f1'],
+                'reward': fake.mean().item(), 'd_acc': right.mean().item(),
+                'length': mask.sum(1).float().mean().item(),
+                'distinct2': data.distinct(response, mask, 2)}
+    return figures, sampled
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+class Pairs(NamedTuple):
+    prompt: torch.Tensor      # (N, P) ids
+    pad: torch.Tensor         # (N,) padding tokens on the left
+    real: torch.Tensor        # (N, R) ids of the gold answer
+    real_mask: torch.Tensor   # (N, R) True up to and including eos
+    fake: torch.Tensor        # (N, R) ids of a sampled answer to the same prompt
+    fake_mask: torch.Tensor   # (N, R)
+
+
+class Fakes(NamedTuple):
+    index: torch.Tensor      # (N,) number of the training example
+    response: torch.Tensor   # (N, R) ids
+    mask: torch.Tensor       # (N, R)
+
+
+REPLAY = 4096                # fakes kept for replay
+
+
+def update(network, optimizer, lr, cfg):
+    """Clips the gradient, takes a step and frees it; returns its norm before the clip."""
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip)
+    if not norm.isfinite():
+        raise FloatingPointError(f'the gradient of the {type(network).__name__} is not finite: '
+                                 'lower its learning rate and --resume')
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    optimizer.step()
+    optimizer.zero_grad()                            # no network's waits while another one learns
+    return norm.item()
+
+
+def adamw(network, cfg):
+    return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-5,
+                             weight_decay=0.0, fused=cfg.device.startswith('cuda'))
+
+
+def schedule(step, steps, updates, warmup):
+    """Share of the peak learning rate: linear over `warmup` updates, cosine decay to a tenth."""
+    return min(1, updates / max(1, warmup)) * (.55 + .45 * math.cos(math.pi * step / steps))
+
+
+def mle_step(generator, optimizer, train_set, step, steps, cfg):
+    """MLE update number `step` of `steps`; the loss in nats per token."""
+    batch = train_set.batch(data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step),
+                            cfg.device)
+    with autocast(cfg):
+        loss = mle_loss(generator, batch)
+    loss.backward()
+    update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50), cfg)
+    return loss.item()
+
+
+def draw_pairs(roll, index, replay, train_set, cfg):
+    """
+    The Pairs of a discriminator step: d_samples responses to each prompt, some of them old.
+
+    index    (B,) numbers of the rollout's training examples
+    replay   Fakes of earlier iterations
+    returns  Pairs, this iteration's first; how many those are; replay with the fresh ones added
+    """
+    rows = (torch.arange(cfg.batch_size)[:, None] * cfg.samples
+            + torch.arange(cfg.d_samples)).flatten()                         # (B * d_samples,)
+    fresh = Fakes(torch.from_numpy(index).repeat_interleave(cfg.d_samples),
+                  roll.response[rows].cpu(), roll.mask[rows].cpu())
+    n_old = min(int(cfg.d_replay * len(rows)), len(replay.index))
+    n_new = len(rows) - n_old
+    old = torch.randperm(len(replay.index))[:n_old]
+    fakes = Fakes(*(torch.cat((a[:n_new], b[old])) for a, b in zip(fresh, replay)))
+    replay = Fakes(*(torch.cat((b, a))[-REPLAY:] for a, b in zip(fresh, replay)))
+    pairs = Pairs(*train_set.batch(fakes.index.numpy(), cfg.device),
+                  fakes.response.to(cfg.device), fakes.mask.to(cfg.device))
+    return pairs, n_new, replay
+
+
+def gradient_penalty(discriminator, prompt, pad, real, real_mask):
+    """
+    R1 of Mescheder et al. 2018: squared gradient of the gold answers' scores by their one-hots.
+
+    Mean over the answers and the vocabulary, sum over tokens; a scalar with gradient. It takes
+    attention's plain form, uncompiled: the fused ones have no second derivative.
+    """
+    onehots = F.one_hot(real, discriminator.trunk.config.vocab_size)
+    onehots = onehots.to(discriminator.score.weight.dtype).requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance('force_eager'):
+        s = carry(discriminator(prompt, onehots, pad), real_mask)[:, -1]
+        grad, = torch.autograd.grad(s.sum(), onehots, create_graph=True)
+    return grad.square().mean(-1).sum() / len(real)
+
+
+def discriminator_step(discriminator, optimizer, pairs, relaxed, fresh, skip, cfg):
+    """
+    One update on pairs. Ties, whose sampled answer is the gold one, are left out.
+
+    With d_prefixes the loss is the mean over all prefixes from the first difference on, an answer
+    that is over keeping its last score; otherwise that of the whole answers.
+    relaxed  (N, R, V) what the generator shows in place of the sampled ids; None if it is hard
+    fresh    so many pairs in front are of this iteration: the figures are theirs
+    skip     measure only
+    returns  dict: d_loss in nats, d_acc (None if all tie), tie_rate, reward (mean score), r1
+    """
+    differ = (pairs.real != pairs.fake).cumsum(1) > 0                        # (N, R)
+    untied = differ[:, -1]
+    where = differ & (pairs.real_mask | pairs.fake_mask)
+    if not cfg.d_prefixes:
+        where = F.pad(untied[:, None], (where.size(1) - 1, 0))
+    weights = where / where.sum(1, keepdim=True).clamp(min=1) / untied.sum().clamp(min=1)
+    learn = bool(untied.any()) and not skip
+    discriminator.train(learn)
+    losses, margins, ends, penalty = [], [], [], 0.0
+    for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
+        p = Pairs(*(z[rows] for z in pairs))
+        real, fake = p.real, p.fake
+        if relaxed is not None:                      # the same path, type and padding for both
+            real = F.one_hot(real, relaxed.size(-1)).to(relaxed.dtype)
+            fake = relaxed[rows]
+        with autocast(cfg), torch.set_grad_enabled(learn):
+            scores = discriminator(torch.cat((p.prompt, p.prompt)), torch.cat((real, fake)),
+                                   torch.cat((p.pad, p.pad)))                # (2 n, R)
+            real, fake = carry(scores, torch.cat((p.real_mask, p.fake_mask))).chunk(2)
+            loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
+        if learn:
+            loss.backward()
+            if cfg.r1:
+                r1 = gradient_penalty(discriminator, p.prompt, p.pad, p.real, p.real_mask)
+                r1 = r1 * len(rows) / len(untied)
+                (cfg.r1 * r1).backward()
+                penalty += r1.item()
+        losses.append(loss.detach())
+        margins.append((real - fake)[:, -1].detach())
+        ends.append(fake[:, -1].detach())
+    discriminator.eval()
+    if learn:
+        update(discriminator, optimizer, cfg.d_lr, cfg)
+    right = (torch.cat(margins) > 0)[:fresh][untied[:fresh]].float()
+    return {'d_loss': sum(losses).item() if untied.any() else None,
+            'd_acc': right.mean().item() if len(right) else None,
+            'tie_rate': 1 - untied[:fresh].float().mean().item(),
+            'reward': torch.cat(ends)[:fresh].mean().item(), 'r1': penalty}
+
+
+def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anchor, tau, lr, cfg):
+    """
+    One update by the discriminator's gradient through the replayed samples, with its MLE anchor.
+
+    The loss is over the prefixes that the discriminator learns from: whole answers alone say little
+    about which token to change. A tie, whose sample is the gold answer, has none.
+    returns   dict: g_loss, g_norm, mle, kl and entropy (nats per token)
+    """
+    N = len(roll.response)
+    sums = torch.zeros(4, device=roll.mask.device)
+    for rows in torch.arange(N, device=roll.mask.device).split(cfg.micro_batch):
+        r = Rollout(*(z[rows] for z in roll))
+        gold = data.Batch(*(z[rows // cfg.samples] for z in batch))
+        onehots = F.one_hot(gold.response, r.noise.size(-1)).to(r.noise.dtype)
+        with autocast(cfg):
+            logits = response_logits(generator, r.prompt, r.response, r.pad)
+            with torch.no_grad():
+                ref_logits = response_logits(reference, r.prompt, r.response, r.pad)
+                real = carry(discriminator(gold.prompt, onehots, gold.pad), gold.mask)
+        z = relax(logits, r.noise, r.response, r.mask, tau, cfg.hard)
+        shown = z.detach().requires_grad_()          # the discriminator's weights get no gradient
+        with autocast(cfg):
+            fake = carry(discriminator(r.prompt, shown, r.pad), r.mask)
+        differ = (r.response != gold.response).cumsum(1) > 0                 # (n, R)
+        where = differ & (r.mask | gold.mask)
+        if not cfg.d_prefixes:
+            where = F.pad(differ[:, -1:], (where.size(1) - 1, 0))
+        weights = where / where.sum(1, keepdim=True).clamp(min=1) / N
+        loss = (generator_loss(real, fake, cfg.d_loss) * weights).sum()
+        grad, = torch.autograd.grad(loss, shown)
+        kl = exact_kl(logits, ref_logits, r.mask)
+        torch.autograd.backward((z, cfg.beta * kl.sum() / N), (grad, None))
+        with torch.no_grad():
+            logp = logits.log_softmax(-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+            sums += torch.stack((loss, kl.sum(), (entropy * r.mask).sum(), r.mask.sum()))
+    with autocast(cfg):
+        mle = mle_loss(generator, batch)
+    if anchor:
+        (anchor * mle).backward()
+    g_norm = update(generator, optimizer, lr, cfg)
+    g_loss, kl, entropy, tokens = sums.tolist()
+    return {'g_loss': g_loss, 'g_norm': g_norm, 'mle': mle.item(), 'kl': kl / tokens,
+            'entropy': entropy / tokens}
+
+
+def health(roll, batch, cfg):
+    """Diversity of one sample of each prompt; `sick` beside that of the gold answers."""
+    response, mask = roll.response[::cfg.samples], roll.mask[::cfg.samples]
+    run, gold_run = (data.longest_run(*z).max().item() for z in (
+        (response, mask), (batch.response, batch.mask)))
+    distinct, gold = (data.distinct(*z, 2) for z in (
+        (response, mask), (batch.response, batch.mask)))
+    # not by entropy: on the toy it falls to a tenth in runs whose answers get better and no poorer
+    return {'length': roll.mask.sum(1).float().mean().item(),
+            'eos_rate': roll.ended.float().mean().item(), 'distinct2': distinct,
+            'longest_run': run, 'sick': run > 3 * gold_run or distinct < .5 * gold}
+
+
+PATIENCE = 20                # iterations in a row that may be sick
+
+
+def control_steps(reference, train_set, cfg):
+    """
+    MLE steps that take the time of one adversarial iteration, at least 1: both are run and timed,
+    the iterations by `train` itself in a folder of their own.
+    """
+    folder = Path(cfg.out_dir) / 'timing'
+    trial = replace(cfg, out_dir=str(folder), init_from=str(Path(cfg.out_dir) / 'sft.pt'),
+                    control=False, resume=False, overwrite=True, sft_iters=0, iters=10,
+                    d_warmup_iters=2, eval_interval=10, eval_prompts=1, log_interval=11)
+    with contextlib.redirect_stdout(io.StringIO()):
+        seconds = train(trial)['seconds']
+    shutil.rmtree(folder)
+    twin = copy.deepcopy(reference).requires_grad_()
+    if cfg.compile:
+        twin.compile()
+    optimizer, times = adamw(twin, cfg), []
+    for step in range(10):
+        start = time.perf_counter()
+        mle_step(twin, optimizer, train_set, step, 10, cfg)
+        times.append(time.perf_counter() - start)
+    return max(1, round(float(np.median(seconds) / np.median(times))))
+
+
+def prepare(cfg):
+    """Resolves device, dtype and compile, and makes out_dir; refuses to overwrite a run."""
+    if cfg.device == 'auto':
+        cfg.device = ('cuda' if torch.cuda.is_available() else
+                      'mps' if torch.backends.mps.is_available() else 'cpu')
+    try:
+        torch.empty(1, device=cfg.device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'--device {cfg.device} is not to be had here: give another') from e
+    cuda = cfg.device.startswith('cuda')
+    cfg.dtype = ('bfloat16' if cuda else 'float32') if cfg.dtype == 'auto' else cfg.dtype
+    cfg.compile = cuda if cfg.compile is None else cfg.compile
+    torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
+    # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
+    torch._dynamo.config.recompile_limit = 32
+    out = Path(cfg.out_dir)
+    old = [name for name in ('ckpt.pt', 'sft.pt', 'metrics.jsonl') if (out / name).exists()]
+    if old and not (cfg.resume or cfg.overwrite):
+        raise ValueError(f'--out_dir {out} holds a run ({old[0]}): give --resume, --overwrite or '
+                         'another --out_dir')
+    out.mkdir(parents=True, exist_ok=True)
+    if cfg.overwrite:
+        for name in old:
+            (out / name).unlink()
+    return out
+
+
+def load_data(cfg):
+    """The tokenizer, the training and the dev Split; says how much was cut."""
+    enc = data.load_tokenizer(cfg.data)
+    splits = [data.Split(data.load_examples(cfg.data, name), enc, cfg.max_prompt,
+                         cfg.max_response, cfg.context, train=name == 'train')
+              for name in ('train', 'dev')]
+    for name, s in zip(('train', 'dev'), splits):
+        print(f'{name}: {len(s)} examples, {s.cut_prompts} prompts cut to {cfg.max_prompt} tokens, '
+              f'{s.cut_responses} answers cut to {cfg.max_response}', flush=True)
+    return enc, *splits
+
+
+def load_generator(cfg, enc):
+    """The generator that --init_from names, on the device."""
+    if cfg.init_from == 'scratch':
+        generator = GPT(GPTConfig(max(cfg.max_prompt + cfg.max_response, 2), enc.n_vocab,
+                                  cfg.n_layer, cfg.n_head, cfg.n_embd))
+    else:
+        generator = GPT.from_pretrained(cfg.init_from)
+    c = generator.config
+    if c.vocab_size != enc.n_vocab:
+        raise ValueError(f'--init_from {cfg.init_from} has a vocabulary of {c.vocab_size}, --data '
+                         f'{cfg.data} one of {enc.n_vocab}: give a matching pair')
+    if cfg.max_prompt + cfg.max_response > c.block_size:
+        raise ValueError(f'--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} '
+                         f'exceed the block size {c.block_size} of {cfg.init_from}: lower them')
+    return generator.to(cfg.device).eval()
+
+
+def save(path, generator, cfg, **more):
+    """A checkpoint that GPT.from_pretrained reads, with the settings and whatever else is given."""
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ('resume', 'overwrite')}
+    save_checkpoint(path, {'model': generator.state_dict(), 'gpt_config': asdict(generator.config),
+                           'settings': settings, **more})
+
+
+def warm_start(generator, train_set, out, log, caught, cfg):
+    """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
+    path, optimizer, start = out / 'sft.pt', adamw(generator, cfg), 0
+    if cfg.resume and path.exists():
+        saved = load_checkpoint(path)
+        generator.load_strictly(saved['model'], path)
+        start = saved['sft_iter']
+        if start < cfg.sft_iters:
+            optimizer.load_state_dict(saved['optimizer'])
+    for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
+        if caught or step % cfg.eval_interval == 0:
+            save(path, generator, cfg, sft_iter=step, optimizer=optimizer.state_dict())
+        if caught:
+            return False
+        mle = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
+        log({'sft_iter': step, 'mle': mle}, step % cfg.log_interval == 0)
+    if start < cfg.sft_iters or not path.exists():
+        save(path, generator, cfg, sft_iter=cfg.sft_iters)
+    return True
+
+
+def open_log(out, cfg, sft_iter, iteration):
+    """
+    A function that appends a record to metrics.jsonl and prints it on request.
+
+    What a checkpoint at (sft_iter, iteration) does not know of is cut off first.
+    """
+    path = out / 'metrics.jsonl'
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for line in lines[1:]:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:                                         # torn by a crash
+            break
+        if 'final' in record:                                                # of a finished run
+            break
+        if record.get('sft_iter', -1) < sft_iter and record.get('iter', -1) < iteration:
+            kept.append(line)
+    header = json.dumps({'config': asdict(cfg), 'python': sys.version.split()[0],
+                         'torch': torch.__version__, 'threads': torch.get_num_threads(),
+                         'device': torch.cuda.get_device_name(cfg.device)
+                         if cfg.device.startswith('cuda') else cfg.device})
+    part = path.with_name('metrics.jsonl.part')
+    part.write_text('\n'.join(lines[:1] + kept if lines else [header]) + '\n')
+    os.replace(part, path)
+
+    def log(record, show):
+        with open(path, 'a') as f:
+            f.write(json.dumps(record) + '\n')
+        if show:
+            flat = {**record, **record.get('dev', {})}
+            tqdm.write('  '.join(f'{k} {v:.3f}' if isinstance(v, float) else f'{k} {v}'
+                                 for k, v in flat.items() if not isinstance(v, (dict, list))
+                                 and v is not None), file=sys.stdout)
+            sys.stdout.flush()
+    return log
+
+
+def plot_curves(out):
+    """out/curves.png from out/metrics.jsonl."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    records = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()[1:]]
+    panels = [('reward', 'generator reward (mean score, logits)'), ('d_loss', 'd_loss (nats)'),
+              ('d_acc_mean', 'd_acc (pairs told apart, running mean)'),
+              ('kl', 'KL from warm start (nats/token)'), ('entropy', 'entropy (nats/token)'),
+              ('f1', 'F1 on dev (percent)')]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6))
+    for ax, (key, title) in zip(axes.flat, panels):
+        if key == 'f1':
+            for name, style in ('f1', 'o-'), ('sample_f1', 's--'):
+                points = [(r['iter'], r['dev'][name]) for r in records if 'dev' in r]
+                ax.plot(*zip(*points) if points else ((), ()), style, label=name)
+            ax.legend()
+        else:
+            points = [(r['iter'], r[key]) for r in records if r.get(key) is not None]
+            ax.plot(*zip(*points) if points else ((), ()), linewidth=1)
+        ax.set(title=title, xlabel='iteration')
+        ax.grid(alpha=.3)
+    # a layout engine would draw everything twice
+    figure.subplots_adjust(.04, .08, .99, .95, .15, .35)
+    figure.savefig(out / 'curves.png', dpi=110)
+    plt.close(figure)
+
+
+def final_table(rows):
+    """Figures by name as lines of text; reward and d_acc are those of the last discriminator."""
+    columns = [('em', 'EM'), ('f1', 'F1'), ('sample_f1', 'F1 sampled'), ('reward', 'reward'),
+               ('d_acc', 'd_acc'), ('length', 'length'), ('distinct2', 'distinct-2')]
+    lines = [' ' * 12 + ''.join(f'{title:>12}' for _, title in columns)]
+    for name, row in rows.items():
+        cells = [f'{row[key]:.3f}' if key in row else '-' for key, _ in columns]
+        lines.append(f'{name:12}' + ''.join(f'{cell:>12}' for cell in cells))
+    return '\n'.join(lines)
+
+
+class Stopwatch:
+    """Seconds by station of one iteration; waits for the GPU only when a station ends."""
+
+    def __init__(self, cfg):
+        self.cuda, self.seconds = cfg.device.startswith('cuda'), {}
+        self.start = time.perf_counter()
+
+    def __call__(self, station):
+        if self.cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[station], self.start = now - self.start, now
+        return self.seconds
+
+
+def write_samples(out, split, rows):
+    """out/samples.txt: the first dev questions, the gold answers, and one sample of each model."""
+    blocks = []
+    for example, *answers in list(zip(split.examples, *(texts for _, texts in rows.values())))[:20]:
+        lines = [f'question    {example["question"]}',
+                 f'gold        {" | ".join(example["answers"]) or data.UNANSWERABLE}']
+        lines += [f'{name:12}{text}' for name, text in zip(rows, answers)]
+        blocks.append('\n'.join(lines))
+    (out / 'samples.txt').write_text('\n\n'.join(blocks) + '\n', encoding='utf-8')
+
+
+def train(cfg, caught=()):
+    """
+    The whole road: warm start, adversarial stage, evaluation; writes everything into out_dir.
+
+    caught   a list that a signal handler fills; once it is not empty, train saves and returns None
+    returns  dict: the final figures of `warm start` and `tuned`, and `seconds` of each iteration
+    raises   ValueError, FileNotFoundError, FloatingPointError: one sentence for the user
+    """
+    # setup
+    out = prepare(cfg)
+    torch.manual_seed(cfg.seed)
+    # data
+    enc, train_set, dev_set = load_data(cfg)
+    # models
+    generator = load_generator(cfg, enc)
+    reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
+    if cfg.compile:
+        generator.compile()
+    # warm start
+    resuming = cfg.resume and (out / 'ckpt.pt').exists()
+    saved = load_checkpoint(out / 'ckpt.pt') if resuming else {'iter': 0}
+    sft_iter = load_checkpoint(out / 'sft.pt')['sft_iter'] if cfg.resume else 0
+    log = open_log(out, cfg, sft_iter, saved['iter'])
+    if not warm_start(generator, train_set, out, log, caught, cfg):
+        return None
+    reference.load_state_dict(generator.state_dict())
+    discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
+    optimizer, d_optimizer = adamw(generator, cfg), adamw(discriminator, cfg)
+    nothing = train_set.batch([])
+    replay = Fakes(torch.zeros(0, dtype=torch.long), nothing.response, nothing.mask)
+    # d_acc starts at chance
+    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'control_steps': 0}
+    # resume
+    if resuming:
+        generator.load_strictly(saved['model'], out / 'ckpt.pt')
+        discriminator.load_state_dict(saved['discriminator'])
+        optimizer.load_state_dict(saved['optimizer'])
+        d_optimizer.load_state_dict(saved['d_optimizer'])
+        replay, running = Fakes(*saved['replay']), saved['running']
+    elif cfg.control:
+        running['control_steps'] = control_steps(reference, train_set, cfg)
+        print(f'control: {running["control_steps"]} MLE steps for each iteration', flush=True)
+    if cfg.compile:
+        for network in reference, discriminator:
+            network.compile()
+
+    all_seconds = []
+    for it in tqdm(range(saved['iter'], cfg.iters + 1), 'iterations', disable=None):
+        # evaluate and checkpoint
+        due = it % cfg.eval_interval == 0 or it == cfg.iters
+        if due:
+            figures, sampled = evaluate(generator, discriminator, dev_set, enc, cfg)
+            log({'iter': it, 'dev': figures}, True)
+        if (due or caught) and not running['sick']:
+            save(out / 'ckpt.pt', generator, cfg, iter=it, discriminator=discriminator.state_dict(),
+                 optimizer=optimizer.state_dict(), d_optimizer=d_optimizer.state_dict(),
+                 replay=tuple(replay), running=running)
+        if due:
+            plot_curves(out)
+        if caught:
+            return None
+        if it == cfg.iters:
+            break
+
+        # rollout
+        lap = Stopwatch(cfg)
+        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
+        batch = train_set.batch(index, cfg.device)
+        if cfg.control:
+            n = running['control_steps']
+            for step in range(n * it, n * it + n):
+                mle = mle_step(generator, optimizer, train_set, step, n * cfg.iters, cfg)
+            log({'iter': it, 'mle': mle, 'seconds': lap('mle')}, it % cfg.log_interval == 0)
+            continue
+        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31)                    # dropout, replay
+        rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31)
+        roll = rollout(generator, batch, dev_set.eos, rng, cfg)
+        tau = cfg.tau + (cfg.tau_end - cfg.tau) * it / cfg.iters
+        record = {'iter': it, **health(roll, batch, cfg)}
+        running['sick'] = running['sick'] + 1 if record.pop('sick') else 0
+        lap('rollout')
+
+        # discriminator step
+        pairs, n_new, replay = draw_pairs(roll, index, replay, train_set, cfg)
+        moving = (running['g_steps'] > 0 or running['d_acc'] >= cfg.d_warmup_acc
+                  or it >= cfg.d_warmup_iters)
+        skip = moving and running['d_acc'] > cfg.d_max_acc
+        shown = None if cfg.hard else shown_samples(generator, roll, tau, cfg)
+        record |= discriminator_step(discriminator, d_optimizer, pairs, shown, n_new, skip, cfg)
+        if record['d_acc'] is not None:
+            running['d_acc'] = .9 * running['d_acc'] + .1 * record['d_acc']
+        record['d_acc_mean'] = running['d_acc']
+        lap('discriminator')
+
+        # generator step
+        if moving:
+            running['g_steps'] += 1
+            lr = cfg.lr * schedule(it, cfg.iters, running['g_steps'], cfg.lr_warmup)
+            anchor = cfg.anchor + (cfg.anchor_end - cfg.anchor) * it / cfg.iters
+            record |= gumbel_step(generator, reference, discriminator, optimizer, roll, batch,
+                                  anchor, tau, lr, cfg)
+        seconds = lap('generator')
+
+        # log
+        if running['sick'] > PATIENCE:
+            raise FloatingPointError(
+                f'the answers collapsed by iteration {it} (distinct-2 {record["distinct2"]:.2f}, '
+                f'longest run {record["longest_run"]:.0f}): ckpt.pt is the last healthy one; give '
+                'a lower --lr or a higher --anchor or --beta')
+        all_seconds.append(sum(seconds.values()))
+        log({**record, 'seconds': seconds}, it % cfg.log_interval == 0)
+
+    rows = {name: evaluate(network, discriminator, dev_set, enc, cfg)
+            for name, network in (('warm start', reference), ('tuned', generator))}
+    write_samples(out, dev_set, rows)
+    figures = {name: row for name, (row, _) in rows.items()}
+    if cfg.control:                             # its discriminator has learned nothing
+        figures['more MLE'] = figures.pop('tuned')
+        for row in figures.values():
+            del row['reward'], row['d_acc']
+    log({'final': figures}, False)
+    print(final_table(figures), flush=True)
+    print(f'peak memory {peak_memory(cfg.device):.2f} GiB', flush=True)
+    return {**figures, 'seconds': all_seconds}
+
+
+def peak_memory(device):
+    """The most memory this process has held, GiB: of the GPU, or of the machine on a CPU."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource                                  # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (30 if sys.platform == 'darwin' else 20)
+
+
+def catch_signals():
+    """A list that SIGINT or SIGTERM puts its number into; a second one ends the process at once."""
+    caught = []
+
+    def handler(number, _):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, handler)
+    return caught
+
+
+def main(argv=None):
+    """The command line: a user's mistake is one sentence and exit code 1, a signal 128 + it."""
+    caught = catch_signals()
+    try:
+        train(parse(argv), caught)
+    except (ValueError, FileNotFoundError, FloatingPointError) as e:
+        sys.exit(str(e))
+    except torch.OutOfMemoryError:
+        peak = torch.cuda.max_memory_allocated() / 2 ** 30
+        sys.exit(f'CUDA is out of memory, {peak:.1f} GiB were reached: lower --micro_batch, then '
+                 '--batch_size, --max_prompt or --sft_batch_size')
+    if caught:
+        sys.exit(128 + caught[0])
+
+
+if __name__ == '__main__':
+    main()
