@@ -98,7 +98,7 @@ class Config:
     tau: float = 1.0                 # temperature of the relaxed samples, at the start
     tau_end: float = 0.5             # and at the end
     hard: bool = True                # one-hot samples, relaxed in the backward pass alone
-    r1: float = 1.0                  # penalty on the discriminator's gradient at gold answers
+    r1: float = 0.1                  # penalty on the discriminator's gradient at gold answers
 
 
 TINY = dict(
@@ -106,7 +106,7 @@ TINY = dict(
     device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=350, batch_size=128,
     samples=2, micro_batch=256, beta=0.0, anchor=4.0, anchor_end=4.0, lr=4e-3, d_lr=2e-3,
     d_samples=2, d_warmup_iters=180, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, d_replay=0.0,
-    eval_interval=25, r1=.1,
+    eval_interval=25,
 )
 
 
