@@ -111,7 +111,7 @@ TINY = dict(
 
 
 SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout'.split()                 # lie in [0, 1]
-ABOVE_0 = ['grad_clip']
+ABOVE_0 = ['grad_clip']                                                      # may not be 0
 
 
 def parse(argv=None):
@@ -349,7 +349,7 @@ def update(network, optimizer, lr, cfg):
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip)
     if not norm.isfinite():
         raise FloatingPointError(f'the gradient of the {type(network).__name__} is not finite: '
-                                 'lower its learning rate and --resume')
+                                 'lower its learning rate, a flag that ends in lr, and --resume')
     for group in optimizer.param_groups:
         group['lr'] = lr
     optimizer.step()

@@ -121,7 +121,7 @@ TINY = dict(
     eval_interval=25, minibatch=128, critic_lr=4e-3, pretrain=.7,
 )
 SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout lam'.split()             # lie in [0, 1]
-ABOVE_0 = 'grad_clip reward_clip clip value_clip approx_kl'.split()
+ABOVE_0 = 'grad_clip reward_clip clip value_clip approx_kl'.split()          # may not be 0
 
 
 def parse(argv=None):
@@ -401,7 +401,7 @@ def update(network, optimizer, lr, cfg):
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip)
     if not norm.isfinite():
         raise FloatingPointError(f'the gradient of the {type(network).__name__} is not finite: '
-                                 'lower its learning rate and --resume')
+                                 'lower its learning rate, a flag that ends in lr, and --resume')
     for group in optimizer.param_groups:
         group['lr'] = lr
     optimizer.step()

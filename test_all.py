@@ -877,8 +877,8 @@ def test_the_replayed_pass_gives_the_sampled_tokens():
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, kind == torch.bfloat16):
             gpt, _, r = small_rollout()
             logits = gumbel.response_logits(gpt, r.prompt, r.response, r.pad)
-        assert kind == torch.bfloat16 or torch.equal(
-            (logits + r.noise).argmax(-1)[r.mask], r.response[r.mask])
+        replayed = (logits + r.noise).argmax(-1) == r.response      # bfloat16 may flip near ties
+        assert replayed[r.mask].float().mean() >= (.9 if kind == torch.bfloat16 else 1)
         z = gumbel.relax(logits, r.noise, r.response, r.mask, .7, hard=True)
         onehots = F.one_hot(r.response, 13).float()
         assert torch.equal(z.argmax(-1), r.response) and (z - onehots).abs().max() < 1e-6
