@@ -1,20 +1,36 @@
 """
-Looking at the result: answers of one checkpoint, or of several side by side.
+Looking at the result, and judging it.
 
 $ python sample.py --ckpt out/reinforce/ckpt.pt --question "Who built it?" --context "Ada built it."
 $ python sample.py --compare gpt2 out/reinforce/sft.pt out/reinforce/ckpt.pt
+$ python sample.py --evaluate sft=out/ppo/sft.pt PPO=out/ppo/ckpt.pt --out assets/ppo-1.json
+$ python sample.py --plot PPO=out/ppo-1 PPO=out/ppo-2 --out assets/ppo.png
+$ python sample.py --table assets/ppo-1.json assets/ppo-2.json
+
+Wherever several files are given, each may be named: NAME=FILE; files of one name are the seeds of
+one thing. A run is its folder or its metrics.jsonl.
 """
 
 import argparse
+import json
+import math
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
-from model import GPT, load_checkpoint
+from model import GPT, Discriminator, carry, load_checkpoint
 
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32)
+
+# -----------------------------------------------------------------------------
+# checkpoints, runs and their names
 
 
 def settings_of(source):
@@ -27,6 +43,13 @@ def settings_of(source):
     return {name: saved['settings'][name] for name in DEFAULTS}
 
 
+def settings_for(named, args):
+    """The settings of the first .pt file in (name, source) pairs, with what the flags say."""
+    trained = next((source for _, source in named if Path(source).suffix == '.pt'), None)
+    settings = settings_of(trained) if trained else dict(DEFAULTS)
+    return settings | ({'data': args.data} if args.data else {})
+
+
 def load(source, enc, device):
     """A GPT from whatever --init_from takes, checked against the tokenizer."""
     generator = GPT.from_pretrained(source)
@@ -36,46 +59,383 @@ def load(source, enc, device):
     return generator.to(device).eval()
 
 
-def answer(generator, examples, enc, settings, args):
-    """One sampled answer (a string) to each example."""
-    split = data.Split(examples, enc, settings['max_prompt'], settings['max_response'],
-                       settings['context'])
-    batch = split.batch(range(len(examples)), args.device)
-    response, mask, _ = generator.generate(
-        batch.prompt, batch.pad, settings['max_response'], split.eos,
-        temperature=args.temperature, top_k=args.top_k,
-        rng=torch.Generator(args.device).manual_seed(args.seed))
-    return data.to_text(response, mask, enc)
+def names(arguments):
+    """(name, file) pairs of NAME=FILE arguments; a bare FILE's name is its own."""
+    return [tuple(a.split('=', 1)) if '=' in a else (a, a) for a in arguments]
+
+
+def read_run(path):
+    """The records of a run, its header first, from its folder or its metrics.jsonl."""
+    path = Path(path)
+    file = path if path.suffix == '.jsonl' else path / 'metrics.jsonl'
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
+        records[0]['config']
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{file} not found: give the out_dir of a run') from None
+    except (ValueError, IndexError, KeyError, TypeError) as e:
+        raise ValueError(f'{file} holds no metrics: give the out_dir of a run') from e
+    return records
+
+
+# -----------------------------------------------------------------------------
+# looking
+
+
+def answer(generator, split, rows, temperature, args):
+    """One sampled response to each of these examples of a split, as ids (N, R) and mask (N, R)."""
+    rng, parts = torch.Generator(args.device).manual_seed(args.seed), []
+    for part in np.array_split(np.asarray(rows), -(-len(rows) // args.batch_size)):
+        batch = split.batch(part, args.device)
+        parts.append(generator.generate(batch.prompt, batch.pad, split.responses.shape[1],
+                                        split.eos, temperature=temperature,
+                                        top_k=args.top_k, rng=rng)[:2])
+    return [torch.cat(z) for z in zip(*parts)]
 
 
 def ask(args):
     """Answers args.question with args.ckpt."""
     settings = settings_of(args.ckpt)
-    settings['context'] = args.context is not None
     enc = data.load_tokenizer(args.data or settings['data'])
-    generator = load(args.ckpt, enc, args.device)
     example = {'id': '', 'question': args.question, 'context': args.context or '', 'answers': []}
-    for text in answer(generator, [example] * args.samples, enc, settings, args):
+    split = data.Split([example] * args.samples, enc, settings['max_prompt'],
+                       settings['max_response'], args.context is not None)
+    ids = answer(load(args.ckpt, enc, args.device), split, range(args.samples),
+                 args.temperature[0], args)
+    for text in data.to_text(*ids, enc):
         print(text)
 
 
 def compare(args):
-    """Prints the answers of all checkpoints to the same dev prompts."""
-    trained = next((source for source in args.compare if Path(source).suffix == '.pt'), None)
-    settings = settings_of(trained) if trained else dict(DEFAULTS)
-    name = args.data or settings['data']
-    enc = data.load_tokenizer(name)
-    examples = data.load_examples(name, 'dev')
-    examples = examples[::max(1, len(examples) // args.prompts)][:args.prompts]
-    answers = {source: answer(load(source, enc, args.device), examples, enc, settings, args)
-               for source in args.compare}
-    width = max(map(len, [*args.compare, 'question']))
-    for i, example in enumerate(examples):
-        print(f'{"question":{width}}  {example["question"]}')
-        print(f'{"gold":{width}}  {" | ".join(example["answers"]) or data.UNANSWERABLE}')
-        for source, texts in answers.items():
-            print(f'{source:{width}}  {texts[i]}')
-        print()
+    """Prints the answers of all checkpoints to the same dev prompts, and to a question if given."""
+    named = names(args.compare)
+    settings = settings_for(named, args)
+    enc = data.load_tokenizer(settings['data'])
+    examples = data.load_examples(settings['data'], 'dev', args.prompts)
+    if args.question:
+        examples = [{'question': args.question, 'context': args.context or '', 'answers': None,
+                     'start': -1}] + examples
+    split = data.Split(examples, enc, settings['max_prompt'], settings['max_response'],
+                       settings['context'])
+    columns = {'question': [e['question'] for e in examples],
+               'gold': ['' if e['answers'] is None else ' | '.join(dict.fromkeys(e['answers']))
+                        or data.UNANSWERABLE for e in examples]}
+    for name, source in named:
+        ids = answer(load(source, enc, args.device), split, range(len(examples)),
+                     args.temperature[0], args)
+        columns[name] = data.to_text(*ids, enc)
+    if args.markdown:
+        print(markdown(list(columns), zip(*columns.values())))
+        return
+    width = max(map(len, columns))
+    for row in zip(*columns.values()):
+        print('\n'.join(f'{name:{width}}  {text}' for name, text in zip(columns, row)) + '\n')
+
+
+def markdown(header, rows):
+    """A table; bars in the cells are escaped, and line ends become spaces."""
+    def line(cells):
+        return '| ' + ' | '.join(' '.join(c.split()).replace('|', '\\|') for c in cells) + ' |'
+
+    return '\n'.join([line(header), '|' + '---|' * len(header), *map(line, rows)])
+
+
+# -----------------------------------------------------------------------------
+# judging
+
+
+def interval(right, n):
+    """95% interval of a share of `right` (halves allowed) in n trials (Wilson 1927)."""
+    if not n:
+        return 0.0, 1.0
+    z, p = 1.96, right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def halves(examples, seed=0):
+    """Numbers of the examples of either half; no context, so no prompt, is in both."""
+    contexts = list(dict.fromkeys(e['context'] for e in examples))
+    if len(contexts) < 2:
+        raise ValueError(f'--prompts {len(examples)} share one passage: give more')
+    order = np.random.default_rng(seed).permutation(len(contexts))
+    side = {contexts[i]: place % 2 for place, i in enumerate(order)}
+    return [np.array([i for i, e in enumerate(examples) if side[e['context']] == half])
+            for half in (0, 1)]
+
+
+def fresh_discriminator(trunk, split, fake, fake_mask, args):
+    """
+    A new discriminator's accuracy at telling gold from sampled answers to prompts it has not seen:
+    the classifier two-sample test of Lopez-Paz and Oquab 2017; 50% cannot be told apart.
+
+    trunk            a GPT that its weights start from
+    fake, fake_mask  (N, R) a response to each example of the split
+    returns          dict: accuracy, low, high (its 95% interval), pairs, ties (pairs of equal
+                     answers, left out on either side), and of two trivial cheats, on the same
+                     pairs, length_accuracy and eos_accuracy; shares, not percent
+    """
+    gold = split.batch(range(len(split)), args.device)
+    untied = (gold.response != fake).any(1).cpu().numpy()
+    learn, judge = (rows[untied[rows]] for rows in halves(split.examples))
+    ties = int((~untied).sum())
+    if not len(learn) or not len(judge):
+        return {'accuracy': .5, 'low': 0., 'high': 1., 'pairs': len(judge), 'ties': ties,
+                'length_accuracy': .5, 'eos_accuracy': .5}
+    torch.manual_seed(args.seed)
+    network = Discriminator(trunk, dropout=.1).to(args.device)
+    width = trunk.config.n_embd
+    optimizer = torch.optim.AdamW(network.parameters(), args.test_lr or .064 / width,
+                                  weight_decay=.01)
+    steps = args.test_steps
+
+    def margins(rows):
+        """Score of the gold answer over the sampled one's at every column, (n, R); `where`."""
+        b = split.batch(rows, args.device)
+        scores = network(torch.cat((b.prompt, b.prompt)), torch.cat((b.response, fake[rows])),
+                         torch.cat((b.pad, b.pad)))
+        real, sampled = carry(scores, torch.cat((b.mask, fake_mask[rows]))).chunk(2)
+        differ = (b.response != fake[rows]).cumsum(1) > 0
+        return real - sampled, differ & (b.mask | fake_mask[rows])
+
+    network.train()
+    for step in tqdm(range(steps), 'fresh discriminator', disable=None, leave=False):
+        rows = learn[data.order(len(learn), min(args.batch_size, len(learn)), args.seed, step)]
+        margin, where = margins(rows)
+        loss = ((F.softplus(-margin) * where).sum(1) / where.sum(1)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.param_groups[0]['lr'] = (args.test_lr or .064 / width) * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    network.eval()
+    with torch.no_grad():
+        ends = torch.cat([margins(rows)[0][:, -1] for rows in
+                          np.array_split(judge, -(-len(judge) // args.batch_size))])
+    right = ((ends > 0).float() + .5 * (ends == 0)).sum().item()
+    low, high = interval(right, len(judge))
+    figures = {'accuracy': right / len(judge), 'low': low, 'high': high, 'pairs': len(judge),
+               'ties': ties}
+    features = {'length': (gold.mask.sum(1), fake_mask.sum(1)),
+                'eos': tuple(((ids == split.eos) & mask).any(1).long()
+                             for ids, mask in ((gold.response, gold.mask), (fake, fake_mask)))}
+    for name, (real, sampled) in features.items():
+        figures[f'{name}_accuracy'] = cheat(real.cpu().numpy(), sampled.cpu().numpy(), learn, judge)
+    return figures
+
+
+def cheat(real, fake, learn, judge):
+    """Accuracy on `judge` of the likelihood ratio of one small integer, counted on `learn`."""
+    counts = [np.bincount(z[learn], minlength=max(real.max(), fake.max()) + 1) + 1
+              for z in (real, fake)]
+    ratio = np.log(counts[0]) - np.log(counts[1])
+    margin = ratio[real[judge]] - ratio[fake[judge]]
+    return float(((margin > 0) + .5 * (margin == 0)).mean())
+
+
+@torch.no_grad()
+def drift(generator, base, split, args):
+    """Nats per token: KL(generator || base), exact at each token of its own samples; and the mean
+    -log probability that it gives to the gold answers."""
+    kl = kl_tokens = nll = nll_tokens = 0.0
+    rng = torch.Generator(args.device).manual_seed(args.seed)
+    for rows in np.array_split(np.arange(len(split)), -(-len(split) // args.batch_size)):
+        batch = split.batch(rows, args.device)
+        P, R = batch.prompt.size(1), batch.response.size(1)
+        response, mask, _ = generator.generate(batch.prompt, batch.pad, R, split.eos, rng=rng)
+        tokens = torch.cat((batch.prompt, response), 1)
+        logp, base_logp = (g.head(g.hidden(g.embed(tokens), batch.pad)[:, P - 1:-1]).log_softmax(-1)
+                           for g in (generator, base))                       # (n, R, V)
+        kl += ((logp.exp() * (logp - base_logp)).sum(-1) * mask).sum().item()
+        kl_tokens += mask.sum().item()
+        tokens = torch.cat((batch.prompt, batch.response), 1)
+        logprobs, _ = generator.logprobs(tokens, batch.pad, P)
+        nll -= (logprobs * batch.mask).sum().item()
+        nll_tokens += batch.mask.sum().item()
+    return kl / kl_tokens, nll / nll_tokens
+
+
+def judge(generator, base, split, enc, temperature, args):
+    """All figures of one checkpoint at one temperature, as a dict; the table's are percent."""
+    rows = range(len(split))
+    with torch.no_grad():
+        greedy = data.to_text(*answer(generator, split, rows, 0, args), enc)
+        response, mask = answer(generator, split, rows, temperature, args)
+    figures = data.score_answers(greedy, split.examples)
+    figures['sample_f1'] = data.score_answers(data.to_text(response, mask, enc),
+                                              split.examples)['f1']
+    figures['fresh'] = fresh_discriminator(base, split, response, mask, args)
+    figures['distinct1'], figures['distinct2'] = (data.distinct(response, mask, n) for n in (1, 2))
+    figures['longest_run'] = data.longest_run(response, mask).max().item()
+    lengths = [np.bincount(n, minlength=response.size(1) + 1) / len(split)
+               for n in (mask.sum(1).cpu().numpy(), split.lengths)]
+    figures['lengths'], figures['gold_lengths'] = (z.round(5).tolist() for z in lengths)
+    figures['length'] = mask.sum(1).float().mean().item()
+    figures['length_distance'] = float(np.abs(lengths[0] - lengths[1]).sum() / 2)
+    figures['kl'], nll = drift(generator, base, split, args)
+    figures['perplexity'] = math.exp(nll)
+    return figures
+
+
+COLUMNS = {  # header: format, value of the figures
+    'EM': ('.1f', lambda f: f['em']), 'F1': ('.1f', lambda f: f['f1']),
+    'HasAns F1': ('.1f', lambda f: f.get('has_f1', math.nan)),
+    'NoAns F1': ('.1f', lambda f: f.get('no_f1', math.nan)),
+    'F1 sampled': ('.1f', lambda f: f['sample_f1']),
+    'told apart %': ('.1f', lambda f: 100 * f['fresh']['accuracy']),
+    'by length %': ('.1f', lambda f: 100 * f['fresh']['length_accuracy']),
+    'ties %': ('.1f', lambda f: 100 * f['fresh']['ties'] / f['prompts']),
+    'distinct-2': ('.3f', lambda f: f['distinct2']), 'run': ('.0f', lambda f: f['longest_run']),
+    'length': ('.2f', lambda f: f['length']),
+    'length dist.': ('.3f', lambda f: f['length_distance']),
+    'KL': ('.3f', lambda f: f['kl']), 'perplexity': ('.2f', lambda f: f['perplexity'])}
+
+
+def evaluate(args):
+    """Judges each checkpoint on held-out prompts: a table, and args.out with every figure."""
+    named = names(args.evaluate)
+    settings = settings_for(named, args)
+    enc = data.load_tokenizer(settings['data'])
+    examples = data.load_examples(settings['data'], 'dev', args.prompts)
+    split = data.Split(examples, enc, settings['max_prompt'], settings['max_response'],
+                       settings['context'])
+    base = load(named[0][1], enc, args.device)
+    gold = split.batch(range(len(split)))
+    print(f'{len(split)} prompts of {settings["data"]}; gold answers: distinct-2 '
+          f'{data.distinct(gold.response, gold.mask, 2):.3f}, length {split.lengths.mean():.2f}; '
+          'KL in nats per token from the first, at temperature 1')
+    results, bars = {}, ' ▁▂▃▄▅▆▇█'
+    for name, source in named:
+        generator = load(source, enc, args.device)
+        for temperature in args.temperature:
+            f = judge(generator, base, split, enc, temperature, args)
+            f |= {'prompts': len(split), 'temperature': temperature, 'source': source}
+            label = name if len(args.temperature) == 1 else f'{name}, T {temperature}'
+            results[label] = f
+            t = f['fresh']
+            print(f'\n{label}: ' + ', '.join(f'{k} {v(f):{spec}}' for k, (spec, v)
+                                             in COLUMNS.items()))
+            print(f'  told apart {t["accuracy"]:.1%} [{t["low"]:.1%}, {t["high"]:.1%}] of '
+                  f'{t["pairs"]} pairs, {t["ties"]} ties left out; by length '
+                  f'{t["length_accuracy"]:.1%}, by eos {t["eos_accuracy"]:.1%}')
+            for title, share in ('lengths', f['lengths']), ('of gold', f['gold_lengths']):
+                peak = max(*f['lengths'], *f['gold_lengths'])
+                print(f'  {title:8}' + ''.join(bars[round(8 * x / peak)] for x in share[1:]))
+    out = Path(args.out or 'out/evaluation.json')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    setup = {'torch': torch.__version__, 'device': args.device, 'settings': settings,
+             'seed': args.seed, 'top_k': args.top_k, 'test_steps': args.test_steps}
+    out.write_text(json.dumps({'setup': setup, 'results': results}, indent=1) + '\n')
+    print(f'\nwrote {out}')
+
+
+def table(args):
+    """Markdown of what --evaluate wrote or of runs: mean and deviation of what has one name."""
+    rows = defaultdict(lambda: defaultdict(list))
+    formats, links = {}, defaultdict(list)
+    for name, path in names(args.table):
+        if Path(path).suffix == '.json':
+            try:
+                found = json.loads(Path(path).read_text(encoding='utf-8'))['results']
+            except FileNotFoundError:
+                raise FileNotFoundError(f'{path} not found: --evaluate writes it') from None
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f'{path} holds no results: give what --evaluate wrote') from e
+            found = {label: {k: (spec, v(f)) for k, (spec, v) in COLUMNS.items()}
+                     for label, f in found.items()}
+        else:
+            found = {re.sub(r'-\d+$', '', Path(name).stem) if name == path else name:
+                     last_figures(read_run(path))}
+        for label, figures in found.items():
+            links[label].append(path)
+            for column, (spec, value) in figures.items():
+                formats[column] = spec
+                rows[label][column].append(value)
+
+    def cell(values, spec):
+        if isinstance(values[0], str):
+            return ', '.join(dict.fromkeys(v for v in values if v)) or '–'
+        if any(map(math.isnan, values)):
+            return '–'
+        spread = f' ± {np.std(values):{spec}}' if len(values) > 1 else ''
+        return f'{np.mean(values):{spec}}{spread}'
+
+    columns = list(formats)
+    print(markdown(['', *columns, 'metrics'], (
+        [label, *(cell(row[c], formats[c]) if row[c] else '–' for c in columns),
+         ' '.join(f'[{i}]({path})' for i, path in enumerate(links[label], 1))]
+        for label, row in rows.items())))
+
+
+def last_figures(records):
+    """Columns of --table for a run: its last evaluation, and whether it collapsed."""
+    dev = next((r['dev'] for r in reversed(records) if 'dev' in r), {})
+    last = next((r for r in reversed(records) if 'longest_run' in r), {})
+    fall = next((r for r in records if 'collapsed' in r), {})
+    return {'EM': ('.1f', dev.get('em', math.nan)), 'F1': ('.1f', dev.get('f1', math.nan)),
+            'F1 sampled': ('.1f', dev.get('sample_f1', math.nan)),
+            'distinct-2': ('.3f', dev.get('distinct2', math.nan)),
+            'longest run': ('.1f', last.get('longest_run', math.nan)),
+            'stopped at': ('', str(fall.get('iter', ''))),
+            'answers like': ('', f'`{fall["collapsed"]}`' if fall else '')}
+
+
+# -----------------------------------------------------------------------------
+# curves
+
+PANELS = {  # title: value of a record, None where it has none
+    'generator reward (mean score, logits)': lambda r: r.get('reward'),
+    'discriminator loss (nats)': lambda r: r.get('d_loss'),
+    'pairs told apart (running mean)': lambda r: r.get('d_acc_mean'),
+    'KL from the warm start (nats/token)': lambda r: r.get('kl'),
+    'F1 on dev (%)': lambda r: r.get('dev', {}).get('f1'),
+    'F1 of sampled answers (%)': lambda r: r.get('dev', {}).get('sample_f1'),
+    'distinct-2 of sampled answers': lambda r: r.get('dev', {}).get('distinct2'),
+    'longest run of a token': lambda r: r.get('longest_run')}
+COLOURS = '#4c8dd6 #e0823d #3fa66a #b565c9 #d1555b #8f8a2f #30a5b5 #9a7b5f #d66fa6'.split()
+
+
+def smooth(points):
+    """(iteration, value) pairs averaged within windows, at most 60 of them."""
+    width = max(1, -(-len(points) // 60))
+    return {int(np.mean([i for i, _ in part])): float(np.mean([v for _, v in part]))
+            for part in (points[k:k + width] for k in range(0, len(points), width))}
+
+
+def plot(args):
+    """One PNG of several runs: the mean over the seeds of a name, and the band they span."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    groups = defaultdict(list)
+    for name, path in names(args.plot):
+        groups[re.sub(r'-\d+$', '', Path(name).stem) if name == path else name].append(
+            read_run(path))
+    grey = '#858c95'                                 # reads on white and on black
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), facecolor='none')
+    for ax, (title, value) in zip(axes.flat, PANELS.items()):
+        for colour, (name, runs) in zip(COLOURS * len(groups), groups.items()):
+            curves = [smooth([(r['iter'], value(r)) for r in records
+                              if 'iter' in r and value(r) is not None]) for records in runs]
+            at = sorted(set().union(*curves))
+            values = [[c[i] for c in curves if i in c] for i in at]
+            ax.plot(at, [np.mean(v) for v in values], color=colour, linewidth=1.8, label=name)
+            ax.fill_between(at, [min(v) for v in values], [max(v) for v in values], color=colour,
+                            alpha=.2, linewidth=0)
+        ax.set_title(title, color=grey, fontsize=11)
+        ax.set_facecolor('none')
+        ax.tick_params(colors=grey, labelsize=9)
+        ax.spines[:].set_color(grey)
+        ax.grid(color=grey, alpha=.25)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='lower center', frameon=False,
+                  ncols=min(len(groups), 6), labelcolor=grey, fontsize=11)
+    lines = -(-len(groups) // 6)
+    figure.subplots_adjust(.035, .07 + .05 * lines, .99, .94, .17, .28)
+    out = Path(args.out or 'out/curves.png')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+    print(f'wrote {out}')
 
 
 def main(argv=None):
@@ -84,23 +444,38 @@ def main(argv=None):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--ckpt', help='a checkpoint to ask: .pt of ours, or what --init_from takes')
     what.add_argument('--compare', nargs='+', metavar='CKPT', help='to set side by side')
-    parser.add_argument('--question', help='with --ckpt')
-    parser.add_argument('--context', help='with --ckpt: the passage the answer is in')
+    what.add_argument('--evaluate', nargs='+', metavar='CKPT', help='to judge on held-out prompts')
+    what.add_argument('--table', nargs='+', metavar='FILE', help='Markdown of evaluations or runs')
+    what.add_argument('--plot', nargs='+', metavar='RUN', help='to draw the curves of')
+    parser.add_argument('--question', help='with --ckpt, or one more with --compare')
+    parser.add_argument('--context', help='the passage that the answer to --question is in')
+    parser.add_argument('--markdown', action='store_true', help='with --compare: as a table')
     parser.add_argument('--samples', type=int, default=1, help='with --ckpt: answers (default 1)')
-    parser.add_argument('--prompts', type=int, default=10, help='with --compare: dev prompts (10)')
+    parser.add_argument('--prompts', type=int, help='dev prompts (10 to compare, 4000 to evaluate)')
+    parser.add_argument('--out', help='file to write (out/evaluation.json, out/curves.png)')
     parser.add_argument('--data', help='as in training; by default what the checkpoint says')
-    parser.add_argument('--temperature', type=float, default=.8, help='0 for greedy (default .8)')
+    parser.add_argument('--temperature', type=float, nargs='+', default=[.8],
+                        help='0 for greedy; several with --evaluate (default .8)')
     parser.add_argument('--top_k', type=int, default=100, help='default 100')
     parser.add_argument('--seed', type=int, default=1, help='of the sampling noise (default 1)')
+    parser.add_argument('--batch_size', type=int, default=64, help='default 64')
+    parser.add_argument('--test_steps', type=int, default=400,
+                        help='of the fresh discriminator with --evaluate (default 400)')
+    parser.add_argument('--test_lr', type=float, help='its learning rate (default .064 / n_embd)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args(argv)
+    args.prompts = (4000 if args.evaluate else 10) if args.prompts is None else args.prompts
     if args.ckpt and not args.question:
         parser.error('--ckpt needs --question')
-    for name, least in ('samples', 1), ('prompts', 1), ('top_k', 1), ('temperature', 0):
-        if getattr(args, name) < least:
-            parser.error(f'--{name} {getattr(args, name)}: give at least {least}')
+    for name in 'samples', 'prompts', 'top_k', 'batch_size', 'test_steps':
+        if getattr(args, name) < 1:
+            parser.error(f'--{name} {getattr(args, name)}: give at least 1')
+    for name, values in ('temperature', args.temperature), ('test_lr', [args.test_lr or 0]):
+        if min(values) < 0:
+            parser.error(f'--{name} {min(values)}: give at least 0')
     try:
-        ask(args) if args.ckpt else compare(args)
+        (ask if args.ckpt else compare if args.compare else evaluate if args.evaluate else
+         table if args.table else plot)(args)
     except (ValueError, FileNotFoundError) as e:
         sys.exit(str(e))
 
