@@ -1,11 +1,11 @@
 """
 Gumbel-softmax: the discriminator's gradient reaches the generator through its own samples.
 
-    y_t = argmax(logits_t + g_t)                          g ~ Gumbel(0, 1), Maddison et al. (2014)
-    z_t = onehot(y_t) + p_t - stop(p_t)      p_t = softmax((logits_t + g_t) / tau)
-                                               straight-through, Jang et al. (2017)
-    min_G  E[ -log sigmoid(s(x, z) - s(x, y*)) ] + beta KL(pi || pi_SFT)
-    max_D  E[ log sigmoid(s(x, y*) - s(x, z)) ] - r1 |grad s(x, y*)|^2   Mescheder et al. (2018)
+    y_t = argmax(logits_t + g_t)                        g ~ Gumbel(0, 1), Maddison et al. (2014)
+    z_t = softmax((logits_t + g_t) / tau)               Jang et al. (2017); y_t goes on as a token
+    z*_t                                                the same, g drawn so that y*_t is the argmax
+    min_G  E[ -log sigmoid(s(x, z) - s(x, z*)) ] + beta KL(pi || pi_SFT)
+    max_D  E[ log sigmoid(s(x, z*) - s(x, z)) ]
 
 $ python gumbel.py --device cuda      GPT-2 124M on SQuAD 2.0
 $ python gumbel.py --tiny             a toy, on a CPU, in minutes
@@ -15,19 +15,16 @@ was sampled), samples of the relaxed distribution in evaluation.
 """
 
 import argparse
-import contextlib
 import copy
 import inspect
-import io
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional, get_args
 
@@ -55,7 +52,7 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    control: bool = False            # spend the adversarial stage's time on more MLE instead
+    control: str = ''                # a run to repeat with more MLE in its adversarial stage's time
     log_interval: int = 10           # iterations from one printed line to the next
     eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
     eval_prompts: int = 500          # dev prompts of an evaluation
@@ -97,15 +94,15 @@ class Config:
     # gumbel
     tau: float = 1.0                 # temperature of the relaxed samples, at the start
     tau_end: float = 0.5             # and at the end
-    hard: bool = True                # one-hot samples, relaxed in the backward pass alone
-    r1: float = 0.1                  # penalty on the discriminator's gradient at gold answers
+    encoding: Literal['soft', 'hard', 'mixed'] = 'soft'  # relaxed; one-hot; relaxed but for golds
+    r1: float = 0.0                  # penalty on the discriminator's gradient at gold answers
 
 
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
     device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=350, batch_size=128,
     samples=2, micro_batch=256, beta=0.0, anchor=4.0, anchor_end=4.0, lr=4e-3, d_lr=2e-3,
-    d_samples=2, d_warmup_iters=180, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, d_replay=0.0,
+    d_samples=2, d_warmup_iters=180, d_warmup_acc=.9, d_max_acc=.95, d_dropout=0.0, d_replay=0.0,
     eval_interval=25,
 )
 
@@ -165,6 +162,10 @@ def check(cfg):
         raise ValueError(f'--d_samples {cfg.d_samples} exceeds --samples {cfg.samples}: lower it')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
+    if cfg.control and not cfg.resume and not (Path(cfg.control) / 'metrics.jsonl').is_file():
+        raise ValueError(f'--control {cfg.control} holds no run: give the out_dir of one')
+    if cfg.control and Path(cfg.control).resolve() == Path(cfg.out_dir).resolve():
+        raise ValueError(f'--control {cfg.control} is the --out_dir too: give another --out_dir')
     check_approach(cfg)
 
 
@@ -174,9 +175,6 @@ def check_approach(cfg):
         if getattr(cfg, name) < .1:
             raise ValueError(f'--{name} {getattr(cfg, name)}: give at least 0.1, the gradient '
                              'grows as its inverse')
-    if not cfg.hard and cfg.d_replay:
-        raise ValueError(f'--no-hard with --d_replay {cfg.d_replay}: give --d_replay 0, relaxed '
-                         'samples are not kept')
 
 
 # -----------------------------------------------------------------------------
@@ -231,6 +229,22 @@ def relax(logits, noise, response, mask, tau, hard):
     return torch.where(mask[..., None], soft, onehots)
 
 
+def conditional_noise(logits, response, rng):
+    """
+    Gumbel noise (B, R, V), given that it sampled the response: response = argmax(logits + noise).
+
+    The largest of all logits + noise is Gumbel(logsumexp(logits)) whichever it is, and the others
+    are Gumbel below it (Maddison et al. 2014); logits (B, R, V), response (B, R) ids, rng or None.
+    """
+    def gumbel(shape):
+        z = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+        return -z.exponential_(generator=rng).clamp_(1e-30).log_()
+
+    top = logits.logsumexp(-1, keepdim=True) + gumbel((*response.shape, 1))
+    below = -torch.logaddexp(-top, -(logits + gumbel(logits.shape)))
+    return below.scatter(-1, response[..., None], top) - logits
+
+
 def exact_kl(logits, ref_logits, mask):
     """KL(pi || reference) at each token (B, R) from logits (B, R, V), nats; 0 outside the mask."""
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
@@ -266,13 +280,19 @@ def rollout(generator, batch, eos, rng, cfg):
 
 
 @torch.no_grad()
-def shown_samples(generator, roll, tau, cfg):
-    """The relaxed samples (B * d_samples, R, V) that a discriminator step pairs with gold ones."""
-    rows = torch.arange(len(roll.response)).view(-1, cfg.samples)[:, :cfg.d_samples].flatten()
-    r = Rollout(*(z[rows] for z in roll))
+def encode(generator, prompt, pad, response, mask, tau, rng, soft, cfg):
+    """
+    Given responses (B, R) for the discriminator, (B, R, V): one-hots, or relaxed if soft.
+
+    They are relaxed as if the generator had sampled just these, so that a gold answer looks like a
+    sample that happens to be right. Beside one-hots, its relaxed samples would be told at sight.
+    """
+    if not soft:
+        return F.one_hot(response, generator.config.vocab_size).float()
     with autocast(cfg):
-        logits = response_logits(generator, r.prompt, r.response, r.pad)
-    return relax(logits, r.noise, r.response, r.mask, tau, hard=False)
+        logits = response_logits(generator, prompt, response, pad)
+    noise = conditional_noise(logits, response, rng)
+    return relax(logits, noise, response, mask, tau, hard=False)
 
 
 def response_logits(network, prompt, response, pad):
@@ -402,26 +422,25 @@ def draw_pairs(roll, index, replay, train_set, cfg):
 
 def gradient_penalty(discriminator, prompt, pad, real, real_mask):
     """
-    R1 of Mescheder et al. 2018: squared gradient of the gold answers' scores by their one-hots.
+    R1 of Mescheder et al. 2018: squared gradient of the gold answers' scores by real (N, R, V).
 
     Mean over the answers and the vocabulary, sum over tokens; a scalar with gradient. It takes
     attention's plain form, uncompiled: the fused ones have no second derivative.
     """
-    onehots = F.one_hot(real, discriminator.trunk.config.vocab_size)
-    onehots = onehots.to(discriminator.score.weight.dtype).requires_grad_()
+    real = real.to(discriminator.score.weight.dtype).requires_grad_()
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance('force_eager'):
-        s = carry(discriminator(prompt, onehots, pad), real_mask)[:, -1]
-        grad, = torch.autograd.grad(s.sum(), onehots, create_graph=True)
+        s = carry(discriminator(prompt, real, pad), real_mask)[:, -1]
+        grad, = torch.autograd.grad(s.sum(), real, create_graph=True)
     return grad.square().mean(-1).sum() / len(real)
 
 
-def discriminator_step(discriminator, optimizer, pairs, relaxed, fresh, skip, cfg):
+def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, tau, rng, cfg):
     """
     One update on pairs. Ties, whose sampled answer is the gold one, are left out.
 
     With d_prefixes the loss is the mean over all prefixes from the first difference on, an answer
-    that is over keeping its last score; otherwise that of the whole answers.
-    relaxed  (N, R, V) what the generator shows in place of the sampled ids; None if it is hard
+    that is over keeping its last score; otherwise that of the whole answers. Soft answers are
+    relaxed by the generator's logits and noise from rng, at temperature tau.
     fresh    so many pairs in front are of this iteration: the figures are theirs
     skip     measure only
     returns  dict: d_loss in nats, d_acc (None if all tie), tie_rate, reward (mean score), r1
@@ -437,19 +456,18 @@ def discriminator_step(discriminator, optimizer, pairs, relaxed, fresh, skip, cf
     losses, margins, ends, penalty = [], [], [], 0.0
     for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
         p = Pairs(*(z[rows] for z in pairs))
-        real, fake = p.real, p.fake
-        if relaxed is not None:                      # the same path, type and padding for both
-            real = F.one_hot(real, relaxed.size(-1)).to(relaxed.dtype)
-            fake = relaxed[rows]
+        gold, sample = (encode(generator, p.prompt, p.pad, *answer, tau, rng, soft, cfg)
+                        for *answer, soft in ((p.real, p.real_mask, cfg.encoding == 'soft'),
+                                              (p.fake, p.fake_mask, cfg.encoding != 'hard')))
         with autocast(cfg), torch.set_grad_enabled(learn):
-            scores = discriminator(torch.cat((p.prompt, p.prompt)), torch.cat((real, fake)),
+            scores = discriminator(torch.cat((p.prompt, p.prompt)), torch.cat((gold, sample)),
                                    torch.cat((p.pad, p.pad)))                # (2 n, R)
             real, fake = carry(scores, torch.cat((p.real_mask, p.fake_mask))).chunk(2)
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
         if learn:
             loss.backward()
             if cfg.r1:
-                r1 = gradient_penalty(discriminator, p.prompt, p.pad, p.real, p.real_mask)
+                r1 = gradient_penalty(discriminator, p.prompt, p.pad, gold, p.real_mask)
                 r1 = r1 * len(rows) / len(untied)
                 (cfg.r1 * r1).backward()
                 penalty += r1.item()
@@ -466,7 +484,8 @@ def discriminator_step(discriminator, optimizer, pairs, relaxed, fresh, skip, cf
             'reward': torch.cat(ends)[:fresh].mean().item(), 'r1': penalty}
 
 
-def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anchor, tau, lr, cfg):
+def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anchor, lr, tau, rng,
+                cfg):
     """
     One update by the discriminator's gradient through the replayed samples, with its MLE anchor.
 
@@ -479,13 +498,13 @@ def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anc
     for rows in torch.arange(N, device=roll.mask.device).split(cfg.micro_batch):
         r = Rollout(*(z[rows] for z in roll))
         gold = data.Batch(*(z[rows // cfg.samples] for z in batch))
-        onehots = F.one_hot(gold.response, r.noise.size(-1)).to(r.noise.dtype)
+        encoded = encode(generator, *gold, tau, rng, cfg.encoding == 'soft', cfg)
         with autocast(cfg):
             logits = response_logits(generator, r.prompt, r.response, r.pad)
             with torch.no_grad():
                 ref_logits = response_logits(reference, r.prompt, r.response, r.pad)
-                real = carry(discriminator(gold.prompt, onehots, gold.pad), gold.mask)
-        z = relax(logits, r.noise, r.response, r.mask, tau, cfg.hard)
+                real = carry(discriminator(gold.prompt, encoded, gold.pad), gold.mask)
+        z = relax(logits, r.noise, r.response, r.mask, tau, cfg.encoding == 'hard')
         shown = z.detach().requires_grad_()          # the discriminator's weights get no gradient
         with autocast(cfg):
             fake = carry(discriminator(r.prompt, shown, r.pad), r.mask)
@@ -529,26 +548,19 @@ PATIENCE = 20                # iterations in a row that may be sick
 
 
 def control_steps(reference, train_set, cfg):
-    """
-    MLE steps that take the time of one adversarial iteration, at least 1: both are run and timed,
-    the iterations by `train` itself in a folder of their own.
-    """
-    folder = Path(cfg.out_dir) / 'timing'
-    trial = replace(cfg, out_dir=str(folder), init_from=str(Path(cfg.out_dir) / 'sft.pt'),
-                    control=False, resume=False, overwrite=True, sft_iters=0, iters=10,
-                    d_warmup_iters=2, eval_interval=10, eval_prompts=1, log_interval=11)
-    with contextlib.redirect_stdout(io.StringIO()):
-        seconds = train(trial)['seconds']
-    shutil.rmtree(folder)
+    """MLE steps to an iteration, at least 1, that take the time of the run cfg.control in all."""
+    text = (Path(cfg.control) / 'metrics.jsonl').read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    seconds = sum(sum(r.get('seconds', {}).values()) for r in records)
     twin = copy.deepcopy(reference).requires_grad_()
     if cfg.compile:
         twin.compile()
     optimizer, times = adamw(twin, cfg), []
-    for step in range(10):
+    for step in range(20):
         start = time.perf_counter()
-        mle_step(twin, optimizer, train_set, step, 10, cfg)
+        mle_step(twin, optimizer, train_set, step, 20, cfg)
         times.append(time.perf_counter() - start)
-    return max(1, round(float(np.median(seconds) / np.median(times))))
+    return max(1, round(seconds / float(np.median(times)) / max(1, cfg.iters)))
 
 
 def prepare(cfg):
@@ -743,7 +755,7 @@ def train(cfg, caught=()):
     The whole road: warm start, adversarial stage, evaluation; writes everything into out_dir.
 
     caught   a list that a signal handler fills; once it is not empty, train saves and returns None
-    returns  dict: the final figures of `warm start` and `tuned`, and `seconds` of each iteration
+    returns  dict: the final figures of `warm start` and `tuned`, or `more MLE`
     raises   ValueError, FileNotFoundError, FloatingPointError: one sentence for the user
     """
     # setup
@@ -784,7 +796,6 @@ def train(cfg, caught=()):
         for network in reference, discriminator:
             network.compile()
 
-    all_seconds = []
     for it in tqdm(range(saved['iter'], cfg.iters + 1), 'iterations', disable=None):
         # evaluate and checkpoint
         due = it % cfg.eval_interval == 0 or it == cfg.iters
@@ -825,8 +836,8 @@ def train(cfg, caught=()):
         moving = (running['g_steps'] > 0 or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         skip = moving and running['d_acc'] > cfg.d_max_acc
-        shown = None if cfg.hard else shown_samples(generator, roll, tau, cfg)
-        record |= discriminator_step(discriminator, d_optimizer, pairs, shown, n_new, skip, cfg)
+        record |= discriminator_step(discriminator, generator, d_optimizer, pairs, n_new, skip, tau,
+                                     rng, cfg)
         if record['d_acc'] is not None:
             running['d_acc'] = .9 * running['d_acc'] + .1 * record['d_acc']
         record['d_acc_mean'] = running['d_acc']
@@ -838,17 +849,19 @@ def train(cfg, caught=()):
             lr = cfg.lr * schedule(it, cfg.iters, running['g_steps'], cfg.lr_warmup)
             anchor = cfg.anchor + (cfg.anchor_end - cfg.anchor) * it / cfg.iters
             record |= gumbel_step(generator, reference, discriminator, optimizer, roll, batch,
-                                  anchor, tau, lr, cfg)
+                                  anchor, lr, tau, rng, cfg)
         seconds = lap('generator')
 
         # log
+        log({**record, 'seconds': seconds}, it % cfg.log_interval == 0)
         if running['sick'] > PATIENCE:
+            answers = data.to_text(roll.response, roll.mask, enc)
+            answer = max(answers, key=answers.count)
+            log({'iter': it, 'collapsed': answer}, False)
             raise FloatingPointError(
                 f'the answers collapsed by iteration {it} (distinct-2 {record["distinct2"]:.2f}, '
-                f'longest run {record["longest_run"]:.0f}): ckpt.pt is the last healthy one; give '
-                'a lower --lr or a higher --anchor or --beta')
-        all_seconds.append(sum(seconds.values()))
-        log({**record, 'seconds': seconds}, it % cfg.log_interval == 0)
+                f'longest run {record["longest_run"]:.0f}, many like {answer!r}): ckpt.pt is the '
+                'last healthy one; give a lower --lr or a higher --anchor or --beta')
 
     rows = {name: evaluate(network, discriminator, dev_set, enc, cfg)
             for name, network in (('warm start', reference), ('tuned', generator))}
@@ -861,7 +874,7 @@ def train(cfg, caught=()):
     log({'final': figures}, False)
     print(final_table(figures), flush=True)
     print(f'peak memory {peak_memory(cfg.device):.2f} GiB', flush=True)
-    return {**figures, 'seconds': all_seconds}
+    return figures
 
 
 def peak_memory(device):

@@ -15,19 +15,16 @@ a replay of old rollouts.
 """
 
 import argparse
-import contextlib
 import copy
 import inspect
-import io
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional, get_args
 
@@ -55,7 +52,7 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    control: bool = False            # spend the adversarial stage's time on more MLE instead
+    control: str = ''                # a run to repeat with more MLE in its adversarial stage's time
     log_interval: int = 10           # iterations from one printed line to the next
     eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
     eval_prompts: int = 500          # dev prompts of an evaluation
@@ -175,6 +172,10 @@ def check(cfg):
         raise ValueError(f'--d_samples {cfg.d_samples} exceeds --samples {cfg.samples}: lower it')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
+    if cfg.control and not cfg.resume and not (Path(cfg.control) / 'metrics.jsonl').is_file():
+        raise ValueError(f'--control {cfg.control} holds no run: give the out_dir of one')
+    if cfg.control and Path(cfg.control).resolve() == Path(cfg.out_dir).resolve():
+        raise ValueError(f'--control {cfg.control} is the --out_dir too: give another --out_dir')
     check_approach(cfg)
 
 
@@ -635,26 +636,19 @@ PATIENCE = 20                # iterations in a row that may be sick
 
 
 def control_steps(reference, train_set, cfg):
-    """
-    MLE steps that take the time of one adversarial iteration, at least 1: both are run and timed,
-    the iterations by `train` itself in a folder of their own.
-    """
-    folder = Path(cfg.out_dir) / 'timing'
-    trial = replace(cfg, out_dir=str(folder), init_from=str(Path(cfg.out_dir) / 'sft.pt'),
-                    control=False, resume=False, overwrite=True, sft_iters=0, iters=10,
-                    d_warmup_iters=2, eval_interval=10, eval_prompts=1, log_interval=11)
-    with contextlib.redirect_stdout(io.StringIO()):
-        seconds = train(trial)['seconds']
-    shutil.rmtree(folder)
+    """MLE steps to an iteration, at least 1, that take the time of the run cfg.control in all."""
+    text = (Path(cfg.control) / 'metrics.jsonl').read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    seconds = sum(sum(r.get('seconds', {}).values()) for r in records)
     twin = copy.deepcopy(reference).requires_grad_()
     if cfg.compile:
         twin.compile()
     optimizer, times = adamw(twin, cfg), []
-    for step in range(10):
+    for step in range(20):
         start = time.perf_counter()
-        mle_step(twin, optimizer, train_set, step, 10, cfg)
+        mle_step(twin, optimizer, train_set, step, 20, cfg)
         times.append(time.perf_counter() - start)
-    return max(1, round(float(np.median(seconds) / np.median(times))))
+    return max(1, round(seconds / float(np.median(times)) / max(1, cfg.iters)))
 
 
 def prepare(cfg):
@@ -849,7 +843,7 @@ def train(cfg, caught=()):
     The whole road: warm start, adversarial stage, evaluation; writes everything into out_dir.
 
     caught   a list that a signal handler fills; once it is not empty, train saves and returns None
-    returns  dict: the final figures of `warm start` and `tuned`, and `seconds` of each iteration
+    returns  dict: the final figures of `warm start` and `tuned`, or `more MLE`
     raises   ValueError, FileNotFoundError, FloatingPointError: one sentence for the user
     """
     # setup
@@ -897,7 +891,6 @@ def train(cfg, caught=()):
         for network in reference, discriminator, critic:
             network.compile()
 
-    all_seconds = []
     for it in tqdm(range(saved['iter'], cfg.iters + 1), 'iterations', disable=None):
         # evaluate and checkpoint
         due = it % cfg.eval_interval == 0 or it == cfg.iters
@@ -959,13 +952,15 @@ def train(cfg, caught=()):
         seconds = lap('generator')
 
         # log
+        log({**record, 'seconds': seconds}, it % cfg.log_interval == 0)
         if running['sick'] > PATIENCE:
+            answers = data.to_text(roll.response, roll.mask, enc)
+            answer = max(answers, key=answers.count)
+            log({'iter': it, 'collapsed': answer}, False)
             raise FloatingPointError(
                 f'the answers collapsed by iteration {it} (distinct-2 {record["distinct2"]:.2f}, '
-                f'longest run {record["longest_run"]:.0f}): ckpt.pt is the last healthy one; give '
-                'a lower --lr or a higher --anchor or --beta')
-        all_seconds.append(sum(seconds.values()))
-        log({**record, 'seconds': seconds}, it % cfg.log_interval == 0)
+                f'longest run {record["longest_run"]:.0f}, many like {answer!r}): ckpt.pt is the '
+                'last healthy one; give a lower --lr or a higher --anchor or --beta')
 
     rows = {name: evaluate(network, discriminator, dev_set, enc, cfg)
             for name, network in (('warm start', reference), ('tuned', generator))}
@@ -978,7 +973,7 @@ def train(cfg, caught=()):
     log({'final': figures}, False)
     print(final_table(figures), flush=True)
     print(f'peak memory {peak_memory(cfg.device):.2f} GiB', flush=True)
-    return {**figures, 'seconds': all_seconds}
+    return figures
 
 
 def peak_memory(device):

@@ -19,8 +19,9 @@ import time
 import traceback
 import unittest
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / 'shared' / 'data'
@@ -41,6 +42,7 @@ import gumbel
 import model
 import ppo
 import reinforce
+import sample
 from model import GPT, Discriminator, GPTConfig, load_checkpoint, save_checkpoint
 
 SCRIPTS = [reinforce, ppo, gumbel]
@@ -316,6 +318,45 @@ def test_em_and_f1_on_hand_made_cases():
     assert math.isclose(data.f1('a b b c', 'b b d'), 2 * 2 / (3 + 3))    # `a` is an article
 
 
+def test_em_and_f1_equal_an_independent_computation():
+    """SQuAD 2.0's rules once more, by other means, on random answers with several golds or none."""
+    def words(text):
+        text = re.sub('[%s]' % re.escape('!"#$%&\'()*+,-./:;<=>?@[\\]^_`{|}~'), '', text.casefold())
+        return [w for w in re.split(r'\s+', re.sub(r'\b(?:an?|the)\b', ' ', text)) if w]
+
+    def overlap(one, other):
+        if not one or not other:
+            return float(one == other)
+        left = list(other)
+        for w in one:
+            if w in left:
+                left.remove(w)
+        same = len(other) - len(left)
+        precision, recall = same / len(one), same / len(other)
+        return 2 * precision * recall / (precision + recall) if same else 0.0
+
+    rng = np.random.default_rng(0)
+    pieces = 'the a an Old old, bridge Bridge! of the- 1,000 rock-n-roll . "' .split()
+
+    def text():
+        return ' '.join(rng.choice(pieces, rng.integers(0, 5)))
+
+    examples = [{'answers': [text() for _ in range(rng.integers(0, 4))]} for _ in range(3000)]
+    predictions = [text() if rng.random() < .8 else 'unanswerable' for _ in examples]
+    em, f1 = [], []
+    for prediction, example in zip(predictions, examples):
+        said = [] if prediction == 'unanswerable' else words(prediction)
+        golds = [words(a) for a in example['answers'] if words(a)] or [[]]
+        em.append(max(float(said == g) for g in golds))
+        f1.append(max(overlap(said, g) for g in golds))
+    out = data.score_answers(predictions, examples)
+    no = np.array([not e['answers'] for e in examples])
+    assert .1 < no.mean() < .5 and .1 < np.mean(em) < np.mean(f1) < .9
+    for name, rows in ('', no | ~no), ('has_', ~no), ('no_', no):
+        assert math.isclose(out[f'{name}em'], 100 * np.mean(np.array(em)[rows]))
+        assert math.isclose(out[f'{name}f1'], 100 * np.mean(np.array(f1)[rows]))
+
+
 def test_order_is_a_pure_function_and_an_epoch_holds_everything():
     batches = [data.order(10, 4, 7, step) for step in range(5)]
     assert sorted(np.concatenate(batches)[:10]) == sorted(np.concatenate(batches)[10:]) \
@@ -523,7 +564,7 @@ def test_reinforce_step_takes_the_gradient_of_its_parts():
     batch = data.Batch(torch.randint(0, 12, (4, 5)), torch.tensor([0, 1, 2, 0]),
                        torch.randint(0, 12, (4, 3)), torch.ones(4, 3).bool())
     roll = reinforce.rollout(policy, tiny_gpt(4), batch, 12, torch.Generator().manual_seed(0),
-                             reinforce.replace(cfg, device='cpu', dtype='float32', max_response=3))
+                             replace(cfg, device='cpu', dtype='float32', max_response=3))
     rewards = torch.randn(8, 3) * roll.mask
     optimizer = Keep(policy)
     cfg.device, cfg.dtype = 'cpu', 'float32'
@@ -873,15 +914,35 @@ def small_rollout(dtype=torch.float32, **changes):
 
 
 def test_the_replayed_pass_gives_the_sampled_tokens():
-    for kind in torch.float32, torch.bfloat16:
+    for kind, margin in (torch.float32, 0), (torch.bfloat16, .02):   # near ties may flip
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, kind == torch.bfloat16):
             gpt, _, r = small_rollout()
             logits = gumbel.response_logits(gpt, r.prompt, r.response, r.pad)
-        replayed = (logits + r.noise).argmax(-1) == r.response      # bfloat16 may flip near ties
-        assert replayed[r.mask].float().mean() >= (.9 if kind == torch.bfloat16 else 1)
+        values = logits + r.noise
+        lost = values.max(-1).values - values.gather(-1, r.response[..., None])[..., 0]
+        assert lost[r.mask].max() <= margin, (kind, lost)
         z = gumbel.relax(logits, r.noise, r.response, r.mask, .7, hard=True)
-        onehots = F.one_hot(r.response, 13).float()
-        assert torch.equal(z.argmax(-1), r.response) and (z - onehots).abs().max() < 1e-6
+        assert torch.equal(z, F.one_hot(r.response, 13).float())
+
+
+def test_conditional_noise_is_the_noise_of_its_tokens():
+    """Its argmax is the token asked for; over tokens from the softmax it is Gumbel(0, 1) again."""
+    rng = torch.Generator().manual_seed(0)
+    N, V = 100000, 4
+    logits = torch.tensor([1., -.5, .3, -2.]).double().expand(N, 1, V)
+    response = logits[:, 0].softmax(-1).multinomial(1, generator=rng)        # (N, 1)
+    noise = gumbel.conditional_noise(logits, response, rng)
+    assert torch.equal((logits + noise).argmax(-1), response)
+    g = noise[:, 0].sort(0).values                   # Kolmogorov and Smirnov, p = .001 of each
+    uniform = torch.arange(1, N + 1).double()[:, None] / N
+    assert ((-(-g).exp()).exp() - uniform).abs().max() < 1.95 / math.sqrt(N)
+    assert (noise[:, 0].t().corrcoef() - torch.eye(V)).abs().max() < 4 / math.sqrt(N)
+    # another token than the likeliest, by rejection
+    free = -torch.empty(N, V).double().exponential_(generator=rng).log()
+    wanted = free[(logits[:, 0] + free).argmax(-1) == 1]
+    got = gumbel.conditional_noise(logits, torch.ones(N, 1, dtype=torch.long), rng)[:, 0]
+    for a, b in ((z.mean(0), z.var(0)) for z in (got, wanted)), :
+        assert (a[0] - b[0]).abs().max() < .05 and (a[1] - b[1]).abs().max() < .1, (a, b)
 
 
 def test_gumbel_gradient_is_that_of_the_sequential_sampler():
@@ -907,36 +968,65 @@ def gradient_of(gpt, discriminator, r, z):
     return torch.autograd.grad(s.mean(), list(gpt.parameters()))
 
 
-def test_gumbel_step_takes_the_gradient_of_its_parts():
-    """Over the prefixes from the first difference on, a tie left out; in micro-batches."""
+def test_gumbel_steps_take_the_gradient_of_their_parts():
+    """Both networks', by hand: from the first difference on, a tie left out; in micro-batches."""
     gpt, discriminator, r = small_rollout()
     reference, P = tiny_gpt(5), 5
     gold, gold_mask = torch.randint(0, 12, (6, 4)), torch.ones(6, 4).bool()
     gold[0], gold_mask[0] = r.response[0], r.mask[0]                         # a tie
     gold[1, 0], gold[2, 2:], gold_mask[2, 3:] = r.response[1, 0], 12, False
     batch = data.Batch(r.prompt, r.pad, gold, gold_mask)
-    cfg = gumbel.parse(['--tiny', '--samples', '1', '--d_samples', '1', '--micro_batch', '4',
-                        '--grad_clip', '1e9', '--beta', '.3'])
-    cfg.dtype, optimizer = 'float32', Keep(gpt)
-    record = gumbel.gumbel_step(gpt, reference, discriminator, optimizer, r, batch, .4, .7, 0., cfg)
-    tokens = torch.cat((r.prompt, r.response), 1)
-    logits, ref_logits = (net(tokens, r.pad)[:, P - 1:-1] for net in (gpt, reference))
-    soft = ((logits + r.noise) / .7).softmax(-1)
-    z = F.one_hot(r.response, 13) + (soft - soft.detach()) * r.mask[..., None]
-    fake, real = discriminator(r.prompt, z, r.pad), discriminator(r.prompt, gold, r.pad)
-    g_loss = 0.0
-    for i in range(1, 6):
-        last, gold_last = int(r.mask[i].sum()) - 1, int(gold_mask[i].sum()) - 1
-        first = int((r.response[i] != gold[i]).nonzero()[0])
-        terms = [F.softplus(real[i, min(t, gold_last)] - fake[i, min(t, last)])
-                 for t in range(first, max(last, gold_last) + 1)]
-        g_loss = g_loss + sum(terms) / len(terms) / 6
-    p = logits.softmax(-1)
-    kl = ((p * (p.log() - ref_logits.log_softmax(-1))).sum(-1) * r.mask).sum()
-    wanted = gradient(gpt, g_loss + .3 * kl / 6 + .4 * gumbel.mle_loss(gpt, batch))
-    assert (optimizer.kept - wanted).abs().max() < 1e-5 and wanted.abs().max() > 1e-3
-    assert abs(record['g_loss'] - g_loss) < 1e-5 and abs(record['kl'] - kl / r.mask.sum()) < 1e-5
-    assert all(q.grad is None for q in discriminator.parameters())
+    pairs = gumbel.Pairs(r.prompt, r.pad, gold, gold_mask, r.response, r.mask)
+
+    def loss(real, fake, sign, scale):
+        total = 0.0
+        for i in range(1, 6):
+            last, gold_last = int(r.mask[i].sum()) - 1, int(gold_mask[i].sum()) - 1
+            first = int((r.response[i] != gold[i]).nonzero()[0])
+            terms = [F.softplus(sign * (real[i, min(t, gold_last)] - fake[i, min(t, last)]))
+                     for t in range(first, max(last, gold_last) + 1)]
+            total = total + sum(terms) / len(terms) / scale
+        return total
+
+    def encoded(response, mask, soft, rng):
+        if not soft:
+            return F.one_hot(response, 13).float()
+        return gumbel.encode(gpt, r.prompt, r.pad, response, mask, .7, rng, True, cfg)
+
+    # noise is drawn by micro-batch, so where gold answers are relaxed there is one
+    for encoding, micro in ('soft', '6'), ('hard', '4'), ('mixed', '6'):
+        cfg = gumbel.parse(['--tiny', '--samples', '1', '--d_samples', '1', '--micro_batch', micro,
+                            '--grad_clip', '1e9', '--beta', '.3', '--encoding', encoding])
+        cfg.dtype, optimizer = 'float32', Keep(gpt)
+        rngs = [torch.Generator().manual_seed(2) for _ in range(2)]
+        record = gumbel.gumbel_step(gpt, reference, discriminator, optimizer, r, batch, .4, 0., .7,
+                                    rngs[0], cfg)
+        tokens = torch.cat((r.prompt, r.response), 1)
+        logits, ref_logits = (net(tokens, r.pad)[:, P - 1:-1] for net in (gpt, reference))
+        soft = ((logits + r.noise) / .7).softmax(-1)
+        onehots = F.one_hot(r.response, 13)
+        value = onehots if encoding == 'hard' else soft.detach()
+        z = torch.where(r.mask[..., None], value + soft - soft.detach(), onehots)
+        shown = encoded(gold, gold_mask, encoding == 'soft', rngs[1])
+        fake, real = (discriminator(r.prompt, x, r.pad) for x in (z, shown))
+        g_loss = loss(real.detach(), fake, 1, 6)
+        p = logits.softmax(-1)
+        kl = ((p * (p.log() - ref_logits.log_softmax(-1))).sum(-1) * r.mask).sum()
+        wanted = gradient(gpt, g_loss + .3 * kl / 6 + .4 * gumbel.mle_loss(gpt, batch))
+        assert (optimizer.kept - wanted).abs().max() < 1e-5 and wanted.abs().max() > 1e-3
+        assert abs(record['g_loss'] - g_loss) < 1e-5
+        assert abs(record['kl'] - kl / r.mask.sum()) < 1e-5
+        assert all(q.grad is None for q in discriminator.parameters())
+
+        rngs, optimizer = [torch.Generator().manual_seed(2) for _ in range(2)], Keep(discriminator)
+        record = gumbel.discriminator_step(discriminator, gpt, optimizer, pairs, 6, False, .7,
+                                           rngs[0], cfg)
+        real, fake = (discriminator(r.prompt, encoded(*answer, soft, rngs[1]), r.pad)
+                      for *answer, soft in ((gold, gold_mask, encoding == 'soft'),
+                                            (r.response, r.mask, encoding != 'hard')))
+        wanted = gradient(discriminator, loss(real, fake, -1, 5))
+        assert (optimizer.kept - wanted).abs().max() < 1e-5 and wanted.abs().max() > 1e-3
+        assert all(q.grad is None for q in gpt.parameters())
 
 
 def test_relaxed_samples_become_one_hot_and_follow_the_softmax():
@@ -964,7 +1054,7 @@ def test_gradient_penalty_against_finite_differences():
             step[:, t, v] = 1e-5
             slope = (score(onehots + step) - score(onehots - step)) / 2e-5   # (6,)
             wanted += slope.square().mean() / 13
-    args = r.prompt, r.pad, r.response, r.mask
+    args = r.prompt, r.pad, F.one_hot(r.response, 13), r.mask
     got = gumbel.gradient_penalty(discriminator, *args)
     assert abs(got - wanted) < 1e-8 and got > 1e-4
     p = discriminator.trunk.h[0].attn.c_attn.weight
@@ -1023,6 +1113,143 @@ def test_bias_and_variance_of_the_estimator():
     assert found['REINFORCE'][0] < 5 * found['REINFORCE'][1] / math.sqrt(N)
     assert found[.1][1] > found[1.][1] > found[10.][1]                       # variance by 1 / tau
     assert all(found[tau][0] > .05 for tau in (.1, .5, 1., 2., 10.))         # bias at any
+
+
+# -----------------------------------------------------------------------------
+# sample: judging
+
+
+def people(n, seed=0):
+    """A Split of n prompts, each context twice, with random answers, and other answers to them."""
+    enc, rng = data.load_tokenizer('toy'), np.random.default_rng(seed)
+
+    def say():
+        return ' '.join(rng.choice(data.CITIES, rng.integers(1, 4)))
+
+    examples = [{'context': f'In {data.YEARS[i // 2 % 30]} Ada did {i // 60} .',
+                 'question': f'Where {i % 2} ?', 'answers': [say()]} for i in range(n)]
+    others = data.Split([{**e, 'answers': [say()]} for e in examples], enc, 30, 6)
+    return data.Split(examples, enc, 30, 6), others.batch(range(n)), enc
+
+
+def judging(steps):
+    return SimpleNamespace(device='cpu', seed=1, batch_size=64, top_k=100, test_steps=steps,
+                           test_lr=None)
+
+
+def test_a_fresh_discriminator_is_right():
+    """Two draws of the same human answers are told apart half the time, a planted token always."""
+    right = pairs = 0
+    for seed in range(3):
+        split, other, enc = people(1200, seed)
+        trunk = tiny_gpt(vocab_size=enc.n_vocab, n_embd=32, block_size=40)
+        fake, mask = other.response, other.mask
+        same = sample.fresh_discriminator(trunk, split, fake, mask, judging(50))
+        right, pairs = right + same['accuracy'] * same['pairs'], pairs + same['pairs']
+        assert abs(same['length_accuracy'] - .5) < .06 and same['eos_accuracy'] == .5
+        ties = (fake == split.batch(range(1200)).response).all(1)
+        judged = torch.from_numpy(sample.halves(split.examples)[1])
+        assert same['ties'] == ties.sum() > 5 and same['pairs'] == (~ties[judged]).sum()
+    low, high = sample.interval(right, pairs)
+    assert low < .5 < high and high - low < .05, (low, high)
+
+    told, ends = fake.clone(), mask.sum(1) - 1       # a full stop before eos
+    told[torch.arange(1200), ends] = enc.encode_ordinary(' .')[0]
+    planted = sample.fresh_discriminator(trunk, split, told, other.mask, judging(60))
+    assert planted['low'] > .95 and planted['ties'] == 0, planted
+    assert planted['eos_accuracy'] == 1 and abs(planted['length_accuracy'] - .5) < .06
+
+    real = split.batch(range(1200))
+    tied = sample.fresh_discriminator(trunk, split, real.response, real.mask, judging(1))
+    assert tied['ties'] == 1200 and tied['pairs'] == 0 and (tied['low'], tied['high']) == (0, 1)
+
+
+def test_no_prompt_is_on_both_sides():
+    split = people(400)[0]
+    learn, judge = sample.halves(split.examples)
+    assert sorted([*learn, *judge]) == list(range(400)) and abs(len(learn) - len(judge)) < 4
+    for what in (lambda i: split.examples[i]['context'], lambda i: tuple(split.prompts[i])):
+        assert not {what(i) for i in learn} & {what(i) for i in judge}
+    raises(ValueError, ['one passage'], sample.halves, split.examples[:2])
+
+
+def test_intervals_and_cheats_by_hand():
+    assert np.allclose(sample.interval(8, 10), (.490, .943), atol=1e-3)      # Wilson's, from tables
+    assert sample.interval(0, 0) == (0, 1) and sample.interval(5, 5)[1] > .999
+    rng = np.random.default_rng(0)                   # a length of 1 is human 90%, machine 20%
+    real, fake = 2 - (rng.random(20000) < .9), 2 - (rng.random(20000) < .2)
+    rows = np.arange(20000)
+    wanted = .9 * .8 + .5 * (.9 * .2 + .1 * .8)
+    assert abs(sample.cheat(real, fake, rows[::2], rows[1::2]) - wanted) < .01
+
+
+def test_kl_and_perplexity_against_sums():
+    """KL exact at each token of the model's own samples, by hand from whole logits."""
+    split, _, enc = people(6)
+    one, base = (tiny_gpt(seed, vocab_size=enc.n_vocab, block_size=40) for seed in (0, 1))
+    args = judging(1)
+    kl, nll = sample.drift(one, base, split, args)
+    batch = split.batch(range(6))
+    response, mask, _ = one.generate(batch.prompt, batch.pad, 6, split.eos,
+                                     rng=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        p, q = (net(torch.cat((batch.prompt, response), 1), batch.pad)[:, 29:-1].softmax(-1)
+                for net in (one, base))
+        gold = one(torch.cat((batch.prompt, batch.response), 1), batch.pad)[:, 29:-1].softmax(-1)
+    wanted = sum((p[i, t] * (p[i, t] / q[i, t]).log()).sum() for i, t in mask.nonzero())
+    assert abs(kl - wanted / mask.sum()) < 1e-5 and kl > 0
+    wanted = sum(-gold[i, t, batch.response[i, t]].log() for i, t in batch.mask.nonzero())
+    assert abs(nll - wanted / batch.mask.sum()) < 1e-4
+    assert sample.drift(base, base, split, args)[0] == 0
+
+
+def printed(*argv):
+    """What sample.py prints for these flags, run in this process."""
+    kept, sys.stdout = sys.stdout, io.StringIO()
+    try:
+        sample.main(list(map(str, argv)))
+        return sys.stdout.getvalue()
+    finally:
+        sys.stdout = kept
+
+
+def test_runs_are_judged_compared_tabled_and_drawn():
+    runs = [folder('judged') / f'run-{seed}' for seed in (1, 2)]
+    for seed, run in enumerate(runs, 1):
+        train(gumbel, run, *SMALL, '--seed', str(seed))
+        text = printed('--evaluate', f'sft={run}/sft.pt', f'tuned={run}/ckpt.pt', '--prompts', '40',
+                       '--test_steps', '2', '--out', run / 'judged.json')
+        assert 'told apart' in text and 'sft: EM' in text and '40 prompts of toy' in text
+        found = json.loads((run / 'judged.json').read_text())['results']
+        f = found['tuned']
+        assert found['sft']['kl'] == 0 < f['kl'] and abs(sum(f['lengths']) - 1) < 1e-3
+        wanted = sum(abs(a - b) for a, b in zip(f['lengths'], f['gold_lengths'])) / 2
+        assert math.isclose(f['length_distance'], wanted, abs_tol=1e-3)
+        assert f['fresh']['pairs'] <= 20 and f['prompts'] == 40
+    text = printed('--evaluate', runs[0] / 'ckpt.pt', '--prompts', '9', '--test_steps', '1',
+                   '--temperature', '0.5', '1', '--out', folder('swept') / 'sweep.json')
+    assert 'T 0.5: EM' in text and 'T 1.0: EM' in text
+
+    files = [run / 'judged.json' for run in runs]
+    head, rule, *rows = printed('--table', *files).strip().splitlines()
+    assert len(rows) == 2 and all(r.count('|') == head.count('|') == rule.count('|') for r in rows)
+    ems = [json.loads(f.read_text())['results']['tuned']['em'] for f in files]
+    assert rows[1].startswith(f'| tuned | {np.mean(ems):.1f} ± {np.std(ems):.1f} |'), rows[1]
+    assert f'[1]({files[0]}) [2]({files[1]})' in rows[1]
+
+    with open(runs[1] / 'metrics.jsonl', 'a') as f:
+        f.write(json.dumps({'iter': 3, 'collapsed': 'Oslo Oslo'}) + '\n')
+    rows = printed('--table', *runs).strip().splitlines()[2:]
+    assert len(rows) == 1 and rows[0].startswith('| run | ') and '| 3 | `Oslo Oslo` |' in rows[0]
+    png = runs[0] / 'all.png'
+    printed('--plot', *(f'Gumbel={run}' for run in runs), runs[0] / 'metrics.jsonl', '--out', png)
+    assert png.stat().st_size > 20000
+    text = printed('--compare', f'a|b={runs[0]}/sft.pt', runs[1] / 'ckpt.pt', '--markdown',
+                   '--prompts', '3', '--question', 'Who ?', '--context', 'Ada built it .')
+    lines = text.strip().splitlines()
+    assert len(lines) == 6 and lines[0].startswith('| question | gold | a\\|b | ')
+    assert lines[2].startswith('| Who ? |  | ')
+    assert sample.smooth([(i, i) for i in range(120)])[0] == .5
 
 
 # -----------------------------------------------------------------------------
@@ -1134,21 +1361,37 @@ def test_variants_run():
                           (ppo, ['--minibatch', '7', '--samples', '1', '--d_samples', '1']),
                           (ppo, ['--minibatch', '8', '--dtype', 'bfloat16', '--reward', 'dense']),
                           (ppo, ['--minibatch', '8', '--pretrain', '0', '--no-relative']),
-                          (gumbel, ['--no-hard', '--d_loss', 'minimax', '--d_replay', '0']),
+                          (gumbel, ['--encoding', 'mixed', '--d_loss', 'minimax']),
+                          (gumbel, ['--encoding', 'hard', '--r1', '.1']),
                           (gumbel, ['--dtype', 'bfloat16', '--samples', '1', '--d_samples', '1'])):
         out = folder('variant')
         result = train(script, out, *SMALL, *flags)
         assert math.isfinite(result['tuned']['f1']), flags
 
 
-def test_control_spends_the_time_on_mle():
-    out = folder('control')
-    result = train(reinforce, out, *SMALL, '--control')
-    assert 'more MLE' in result and 'tuned' not in result
-    rows = [r for r in records(out) if 'iter' in r and 'dev' not in r]
-    assert len(rows) == 4 and all(r.keys() == {'iter', 'mle'} for r in rows)
-    assert load_checkpoint(out / 'ckpt.pt')['running']['control_steps'] >= 1
-    assert not (out / 'timing').exists()
+def test_control_spends_the_time_of_a_run_on_mle():
+    run, out = folder('run'), folder('control')
+    lines = [{'config': {}}, {'iter': 0, 'dev': {}}, {'iter': 1, 'seconds': {'rollout': .1}},
+             {'iter': 0, 'seconds': {'rollout': .3, 'generator': .4}}]
+    (run / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    for script in SCRIPTS:
+        kept, clock = (script.mle_step, script.time), itertools.count(0., .025)
+        script.mle_step = lambda *a: 0.
+        script.time = SimpleNamespace(perf_counter=lambda clock=clock: next(clock))
+        try:                                         # 0.8 seconds in steps of 0.025
+            cfg = script.parse(['--tiny', '--control', str(run), '--iters', '16'])
+            assert script.control_steps(tiny_gpt(), None, cfg) == 2
+        finally:
+            script.mle_step, script.time = kept
+        result = train(script, out, *SMALL, *(['--minibatch', '8'] if script is ppo else []),
+                       '--overwrite', '--control', str(run), '--iters', '40', '--eval_interval',
+                       '40')
+        assert 'more MLE' in result and 'tuned' not in result
+        rows = [r for r in records(out) if 'iter' in r and 'dev' not in r]
+        assert len(rows) == 40 and all(r.keys() == {'iter', 'mle'} for r in rows)
+        assert load_checkpoint(out / 'ckpt.pt')['running']['control_steps'] >= 1
+        raises(ValueError, ['--control gone', 'holds no run'], train, script, folder('lone'),
+               *SMALL, '--control', 'gone', *(['--minibatch', '8'] if script is ppo else []))
 
 
 def compiled_equals_eager(script, *more):
@@ -1220,6 +1463,10 @@ def test_a_mistake_is_one_sentence():
         err = command(script, *flags, expect=code).stderr.strip()
         assert 'Traceback' not in err and all(w in err for w in words), (flags, err)
         assert code == 2 or '\n' not in err, err
+    for flags, words in ((['--table', 'gone.json'], ['gone.json', '--evaluate']),
+                         (['--plot', 'gone'], ['gone/metrics.jsonl', 'not found']),
+                         (['--plot', f'run={full}'], [str(full), 'no metrics'])):
+        raises(SystemExit, words, printed, *flags)
     new = SCRATCH / 'new'
     for script, out, flags, words in (
             (reinforce, new, ['--tiny', '--max_response', '0'], ['--max_response 0', 'at least 1']),
@@ -1231,7 +1478,6 @@ def test_a_mistake_is_one_sentence():
             (ppo, new, ['--kl_target', '1', '--beta', '0'], ['--kl_target 1.0', '--beta']),
             (ppo, new, ['--clip', '0'], ['--clip 0', 'above 0']),
             (gumbel, new, ['--tau_end', '.05'], ['--tau_end 0.05', 'at least 0.1']),
-            (gumbel, new, ['--no-hard'], ['--no-hard', '--d_replay 0.25']),
             (ppo, other, ['--resume'], [str(other), 'another script', '--baseline'])):
         raises((ValueError, FileNotFoundError), words, train, script, out, *flags)
 
