@@ -20,7 +20,9 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -487,6 +489,71 @@ def infer_config(weights, settings, path):
                        n_layer=max(layers, default=-1) + 1, n_embd=n_embd,
                        n_head=settings.get('n_head', max(1, n_embd // 64)))  # 64 in all GPT-2s
     return config
+
+
+# -----------------------------------------------------------------------------
+# ranks of torchrun; without it there is one, and each of these gives back what it is given
+
+
+def join_ranks(device):
+    """Meets the other ranks, once; returns this rank's device."""
+    if 'LOCAL_RANK' not in os.environ:
+        return device
+    cuda = device.startswith('cuda')
+    if cuda:
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if cuda else 'gloo')
+    return device
+
+
+def ranks():
+    """This rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def my_share(index):
+    """This rank's part of an array that is the same on all."""
+    rank, n = ranks()
+    return np.array_split(index, n)[rank]
+
+
+def over_ranks(x):
+    """The sum over the ranks of a tensor, as a new one without gradient, or of a number."""
+    if ranks()[1] == 1:
+        return x
+    number = not torch.is_tensor(x)
+    if number:
+        x = torch.tensor(float(x), dtype=torch.float64,
+                         device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x.item() if number else x
+
+
+def sum_gradients(parameters):
+    """Replaces each gradient by its sum over the ranks, all in one message."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if ranks()[1] == 1 or not grads:
+        return
+    flat = over_ranks(torch.cat([g.flatten() for g in grads]))
+    for g, summed in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(summed.view_as(g))
+
+
+def from_ranks(value):
+    """A list of every rank's value, tensors on the CPU or plain."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gathered(*tensors):
+    """Each tensor with the rows of all ranks, in their order, on the CPU."""
+    parts = from_ranks([z.cpu() for z in tensors])
+    return [torch.cat(z) for z in zip(*parts)]
 
 
 # -----------------------------------------------------------------------------

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import GPT, Discriminator, GPTConfig, carry, load_checkpoint, save_checkpoint
+from model import (GPT, Discriminator, GPTConfig, carry, from_ranks, gathered, join_ranks,
+                   load_checkpoint, my_share, over_ranks, ranks, save_checkpoint, sum_gradients)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -183,11 +184,12 @@ def check_approach(cfg):
 # losses: functions of tensors
 
 
-def mle_loss(generator, batch):
-    """Mean -log pi of the gold answers with their eos, nats per token; Batch in, scalar out."""
+def mle_loss(generator, batch, n_tokens=None):
+    """-log pi of the gold answers with their eos, nats per token: a Batch's sum over n_tokens, by
+    default its own; a scalar."""
     tokens = torch.cat((batch.prompt, batch.response), 1)                    # (B, T)
     logprobs, _ = generator.logprobs(tokens, batch.pad, batch.prompt.size(1))
-    return -(logprobs * batch.mask).sum() / batch.mask.sum()
+    return -(logprobs * batch.mask).sum() / (batch.mask.sum() if n_tokens is None else n_tokens)
 
 
 def discriminator_loss(real, fake, kind):
@@ -347,7 +349,8 @@ REPLAY = 4096                # fakes kept for replay
 
 
 def update(network, optimizer, lr, cfg):
-    """Clips the gradient, takes a step and frees it; returns its norm before the clip."""
+    """Sums the gradient over ranks, clips it, takes a step; returns its norm before the clip."""
+    sum_gradients(network.parameters())
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip)
     if not norm.isfinite():
         raise FloatingPointError(f'the gradient of the {type(network).__name__} is not finite: '
@@ -371,13 +374,13 @@ def schedule(step, steps, updates, warmup):
 
 def mle_step(generator, optimizer, train_set, step, steps, cfg):
     """MLE update number `step` of `steps`; the loss in nats per token."""
-    batch = train_set.batch(data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step),
-                            cfg.device)
+    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
+    batch = train_set.batch(my_share(index), cfg.device)
     with autocast(cfg):
-        loss = mle_loss(generator, batch)
+        loss = mle_loss(generator, batch, over_ranks(batch.mask.sum()))
     loss.backward()
     update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50), cfg)
-    return loss.item()
+    return over_ranks(loss).item()
 
 
 def draw_pairs(roll, index, replay, train_set, cfg):
@@ -388,7 +391,7 @@ def draw_pairs(roll, index, replay, train_set, cfg):
     replay   Fakes of earlier iterations
     returns  Pairs, this iteration's first; how many those are; replay with the fresh ones added
     """
-    rows = (torch.arange(cfg.batch_size)[:, None] * cfg.samples
+    rows = (torch.arange(len(index))[:, None] * cfg.samples
             + torch.arange(cfg.d_samples)).flatten()                         # (B * d_samples,)
     fresh = Fakes(torch.from_numpy(index).repeat_interleave(cfg.d_samples),
                   roll.response[rows].cpu(), roll.mask[rows].cpu())
@@ -417,8 +420,9 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
     where = differ & (pairs.real_mask | pairs.fake_mask)
     if not cfg.d_prefixes:
         where = F.pad(untied[:, None], (where.size(1) - 1, 0))
-    weights = where / where.sum(1, keepdim=True).clamp(min=1) / untied.sum().clamp(min=1)
-    learn = bool(untied.any()) and not skip
+    n_untied = over_ranks(untied.sum()).clamp(min=1)
+    weights = where / where.sum(1, keepdim=True).clamp(min=1) / n_untied
+    learn = over_ranks(untied.sum()).item() > 0 and not skip
     discriminator.train(learn)
     losses, margins = [], []
     for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
@@ -435,10 +439,11 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
     discriminator.eval()
     if learn:
         update(discriminator, optimizer, cfg.d_lr, cfg)
-    right = (torch.cat(margins) > 0)[:fresh][untied[:fresh]].float()
-    return {'d_loss': sum(losses).item() if untied.any() else None,
-            'd_acc': right.mean().item() if len(right) else None,
-            'tie_rate': 1 - untied[:fresh].float().mean().item()}
+    right = (torch.cat(margins) > 0)[:fresh][untied[:fresh]]
+    n_right, n_pairs, n_fresh = (over_ranks(n) for n in (
+        right.sum().item(), len(right), len(untied[:fresh])))
+    return {'d_loss': over_ranks(sum(losses)).item() if over_ranks(untied.sum()).item() else None,
+            'd_acc': n_right / n_pairs if n_pairs else None, 'tie_rate': 1 - n_pairs / n_fresh}
 
 
 def prefix_values(discriminator, roll, batch, running, cfg):
@@ -451,7 +456,9 @@ def prefix_values(discriminator, roll, batch, running, cfg):
     """
     scores = carry(score(discriminator, roll.prompt, roll.pad, roll.response, cfg), roll.mask)
     end = scores[:, -1]
-    for name, now in ('mean', end.mean().item()), ('square', end.square().mean().item()):
+    sums = over_ranks(torch.stack((end.sum(), end.square().sum())))
+    n = len(end) * ranks()[1]
+    for name, now in zip(('mean', 'square'), (sums / n).tolist()):
         before = running[name]
         running[name] = now if before is None else .9 * before + .1 * now
     if cfg.relative:
@@ -460,7 +467,7 @@ def prefix_values(discriminator, roll, batch, running, cfg):
     else:
         std = max(running['square'] - running['mean'] ** 2, 1e-6) ** .5
         values = ((scores - running['mean']) / std).clamp(-cfg.reward_clip, cfg.reward_clip)
-    return values, end.mean().item()
+    return values, sums[0].item() / n
 
 
 def reinforce_step(generator, optimizer, roll, rewards, batch, anchor, baseline, lr, cfg):
@@ -472,9 +479,9 @@ def reinforce_step(generator, optimizer, roll, rewards, batch, anchor, baseline,
     baseline  running mean of the return
     returns   dict: g_loss, g_norm, mle, kl and entropy (nats per token), return_mean
     """
-    N, P = len(roll.response), roll.prompt.size(1)
+    N, P = len(roll.response) * ranks()[1], roll.prompt.size(1)
     sums = torch.zeros(5, device=rewards.device)
-    for rows in torch.arange(N, device=rewards.device).split(cfg.micro_batch):
+    for rows in torch.arange(len(roll.response), device=rewards.device).split(cfg.micro_batch):
         r = Rollout(*(z[rows] for z in roll))
         with autocast(cfg):
             logprobs, entropy = generator.logprobs(torch.cat((r.prompt, r.response), 1), r.pad, P)
@@ -487,26 +494,27 @@ def reinforce_step(generator, optimizer, roll, rewards, batch, anchor, baseline,
         sums += torch.stack((loss.detach(), log_ratio.sum(), (entropy * r.mask).sum(),
                              r.mask.sum(), total.sum()))
     with autocast(cfg):
-        mle = mle_loss(generator, batch)
+        mle = mle_loss(generator, batch, over_ranks(batch.mask.sum()))
     if anchor:
         (anchor * mle).backward()
     g_norm = update(generator, optimizer, lr, cfg)
-    g_loss, kl, entropy, tokens, total = sums.tolist()
-    return {'g_loss': g_loss, 'g_norm': g_norm, 'mle': mle.item(), 'kl': kl / tokens,
+    g_loss, kl, entropy, tokens, total = over_ranks(sums).tolist()
+    return {'g_loss': g_loss, 'g_norm': g_norm, 'mle': over_ranks(mle).item(), 'kl': kl / tokens,
             'entropy': entropy / tokens, 'return_mean': total / N}
 
 
 def health(roll, batch, cfg):
     """Diversity of one sample of each prompt; `sick` beside that of the gold answers."""
-    response, mask = roll.response[::cfg.samples], roll.mask[::cfg.samples]
-    run, gold_run = (data.longest_run(*z).max().item() for z in (
-        (response, mask), (batch.response, batch.mask)))
-    distinct, gold = (data.distinct(*z, 2) for z in (
-        (response, mask), (batch.response, batch.mask)))
+    lengths, ended, response, mask, gold, gold_mask = gathered(
+        roll.mask.sum(1), roll.ended, roll.response[::cfg.samples], roll.mask[::cfg.samples],
+        batch.response, batch.mask)
+    answers = (response, mask), (gold, gold_mask)
+    run, gold_run = (data.longest_run(*z).max().item() for z in answers)
+    distinct, gold_distinct = (data.distinct(*z, 2) for z in answers)
     # not by entropy: on the toy it falls to a tenth in runs whose answers get better and no poorer
-    return {'length': roll.mask.sum(1).float().mean().item(),
-            'eos_rate': roll.ended.float().mean().item(), 'distinct2': distinct,
-            'longest_run': run, 'sick': run > 3 * gold_run or distinct < .5 * gold}
+    return {'length': lengths.float().mean().item(), 'eos_rate': ended.float().mean().item(),
+            'distinct2': distinct, 'longest_run': run,
+            'sick': run > 3 * gold_run or distinct < .5 * gold_distinct}
 
 
 PATIENCE = 20                # iterations in a row that may be sick
@@ -525,15 +533,17 @@ def control_steps(reference, train_set, cfg):
         start = time.perf_counter()
         mle_step(twin, optimizer, train_set, step, 20, cfg)
         times.append(time.perf_counter() - start)
-    return max(1, round(seconds / float(np.median(times)) / max(1, cfg.iters)))
+    median = over_ranks(float(np.median(times))) / ranks()[1]
+    return max(1, round(seconds / median / max(1, cfg.iters)))
 
 
 def prepare(cfg):
-    """Resolves device, dtype and compile, and makes out_dir; refuses to overwrite a run."""
+    """Joins the ranks, resolves device, dtype and compile, makes out_dir; overwrites no run."""
     if cfg.device == 'auto':
         cfg.device = ('cuda' if torch.cuda.is_available() else
                       'mps' if torch.backends.mps.is_available() else 'cpu')
     try:
+        cfg.device = join_ranks(cfg.device)
         torch.empty(1, device=cfg.device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'--device {cfg.device} is not to be had here: give another') from e
@@ -543,7 +553,16 @@ def prepare(cfg):
     torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
     # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
     torch._dynamo.config.recompile_limit = 32
+    rank, n_ranks = ranks()
+    for name in 'batch_size', 'sft_batch_size', 'minibatch', 'pretrain_batch_size':
+        if getattr(cfg, name, 0) % n_ranks:
+            raise ValueError(f'--{name} {getattr(cfg, name)} cannot be shared by {n_ranks} ranks: '
+                             'give a multiple')
     out = Path(cfg.out_dir)
+    if rank:                                         # rank 0 writes and prints for all
+        sys.stdout = open(os.devnull, 'w')
+        over_ranks(0)
+        return out
     old = [name for name in ('ckpt.pt', 'sft.pt', 'metrics.jsonl') if (out / name).exists()]
     if old and not (cfg.resume or cfg.overwrite):
         raise ValueError(f'--out_dir {out} holds a run ({old[0]}): give --resume, --overwrite or '
@@ -552,6 +571,7 @@ def prepare(cfg):
     if cfg.overwrite:
         for name in old:
             (out / name).unlink()
+    over_ranks(0)                                    # the others wait for the folder
     return out
 
 
@@ -585,7 +605,9 @@ def load_generator(cfg, enc):
 
 
 def save(path, generator, cfg, **more):
-    """A checkpoint that GPT.from_pretrained reads, with the settings and whatever else is given."""
+    """Rank 0's checkpoint, which GPT.from_pretrained reads; with the settings and what is given."""
+    if ranks()[0]:
+        return
     settings = {k: v for k, v in asdict(cfg).items() if k not in ('resume', 'overwrite')}
     save_checkpoint(path, {'model': generator.state_dict(), 'gpt_config': asdict(generator.config),
                            'settings': settings, **more})
@@ -601,9 +623,10 @@ def warm_start(generator, train_set, out, log, caught, cfg):
         if start < cfg.sft_iters:
             optimizer.load_state_dict(saved['optimizer'])
     for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
-        if caught or step % cfg.eval_interval == 0:
+        stop = over_ranks(bool(caught)) > 0
+        if stop or step % cfg.eval_interval == 0:
             save(path, generator, cfg, sft_iter=step, optimizer=optimizer.state_dict())
-        if caught:
+        if stop:
             return False
         mle = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
         log({'sft_iter': step, 'mle': mle}, step % cfg.log_interval == 0)
@@ -616,8 +639,10 @@ def open_log(out, cfg, sft_iter, iteration):
     """
     A function that appends a record to metrics.jsonl and prints it on request.
 
-    What a checkpoint at (sft_iter, iteration) does not know of is cut off first.
+    What a checkpoint at (sft_iter, iteration) does not know of is cut off first. Only rank 0 logs.
     """
+    if ranks()[0]:
+        return lambda record, show: None
     path = out / 'metrics.jsonl'
     lines = path.read_text().splitlines() if path.exists() else []
     kept = []
@@ -720,11 +745,12 @@ def train(cfg, caught=()):
     The whole road: warm start, adversarial stage, evaluation; writes everything into out_dir.
 
     caught   a list that a signal handler fills; once it is not empty, train saves and returns None
-    returns  dict: the final figures of `warm start` and `tuned`, or `more MLE`
+    returns  dict: the final figures of `warm start` and `tuned`, or `more MLE`; None but on rank 0
     raises   ValueError, FileNotFoundError, FloatingPointError: one sentence for the user
     """
     # setup
     out = prepare(cfg)
+    rank, n_ranks = ranks()
     torch.manual_seed(cfg.seed)
     # data
     enc, train_set, dev_set = load_data(cfg)
@@ -754,7 +780,10 @@ def train(cfg, caught=()):
         discriminator.load_state_dict(saved['discriminator'])
         optimizer.load_state_dict(saved['optimizer'])
         d_optimizer.load_state_dict(saved['d_optimizer'])
-        replay, running = Fakes(*saved['replay']), saved['running']
+        if len(saved['replay']) != n_ranks:
+            raise ValueError(f'--resume: {out} is of a run on {len(saved["replay"])} ranks, not '
+                             f'{n_ranks}: start as many')
+        replay, running = Fakes(*saved['replay'][rank]), saved['running']
     elif cfg.control:
         running['control_steps'] = control_steps(reference, train_set, cfg)
         print(f'control: {running["control_steps"]} MLE steps for each iteration', flush=True)
@@ -765,23 +794,24 @@ def train(cfg, caught=()):
     for it in tqdm(range(saved['iter'], cfg.iters + 1), 'iterations', disable=None):
         # evaluate and checkpoint
         due = it % cfg.eval_interval == 0 or it == cfg.iters
-        if due:
+        stop = over_ranks(bool(caught)) > 0
+        if due and rank == 0:
             figures, sampled = evaluate(generator, discriminator, dev_set, enc, cfg)
             log({'iter': it, 'dev': figures}, True)
-        if (due or caught) and not running['sick']:
+        if (due or stop) and not running['sick']:
             save(out / 'ckpt.pt', generator, cfg, iter=it, discriminator=discriminator.state_dict(),
                  optimizer=optimizer.state_dict(), d_optimizer=d_optimizer.state_dict(),
-                 replay=tuple(replay), running=running)
-        if due:
+                 replay=from_ranks(tuple(replay)), running=running)
+        if due and rank == 0:
             plot_curves(out)
-        if caught:
+        if stop:
             return None
         if it == cfg.iters:
             break
 
         # rollout
         lap = Stopwatch(cfg)
-        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
+        index = my_share(data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it))
         batch = train_set.batch(index, cfg.device)
         if cfg.control:
             n = running['control_steps']
@@ -789,8 +819,8 @@ def train(cfg, caught=()):
                 mle = mle_step(generator, optimizer, train_set, step, n * cfg.iters, cfg)
             log({'iter': it, 'mle': mle, 'seconds': lap('mle')}, it % cfg.log_interval == 0)
             continue
-        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31)                    # dropout, replay
-        rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31)
+        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout, replay
+        rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
         roll = rollout(generator, reference, batch, dev_set.eos, rng, cfg)
         record = {'iter': it, **health(roll, batch, cfg)}
         running['sick'] = running['sick'] + 1 if record.pop('sick') else 0
@@ -832,6 +862,8 @@ def train(cfg, caught=()):
                 f'longest run {record["longest_run"]:.0f}, many like {answer!r}): ckpt.pt is the '
                 'last healthy one; give a lower --lr or a higher --anchor or --beta')
 
+    if rank:
+        return None
     rows = {name: evaluate(network, discriminator, dev_set, enc, cfg)
             for name, network in (('warm start', reference), ('tuned', generator))}
     write_samples(out, dev_set, rows)

@@ -35,6 +35,7 @@ if (SHARED / 'tiktoken_cache').is_dir():
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
@@ -776,7 +777,8 @@ def ppo_case(*flags):
 
 def test_ppo_update_takes_the_gradient_of_its_parts():
     """In micro-batches, with ratios away from 1; the first ratio is 1; both norms are told."""
-    cfg, policy, critic, batch, roll, rewards, optimizers, passages = ppo_case('--pretrain', '.7')
+    cfg, policy, critic, batch, roll, rewards, optimizers, passages = ppo_case(
+        '--pretrain', '.7', '--pretrain_batch_size', '3')
     P, mask = 5, roll.mask
     old, values, entropy = ppo.look_back(policy, critic, roll, cfg)
     tokens = torch.cat((roll.prompt, roll.response), 1)
@@ -1326,6 +1328,152 @@ def test_a_resumed_ppo_run_equals_an_uninterrupted_one():
 
 def test_a_resumed_gumbel_run_equals_an_uninterrupted_one():
     resumed_equals_uninterrupted(gumbel, '--beta', '.1')
+
+
+def on_ranks(name, path, n):
+    """Calls the function `name`(path, rank) of this file on each of n ranks at once."""
+    code = 'import sys, test_all; test_all.as_rank(*sys.argv[1:])'
+    processes = [subprocess.Popen([sys.executable, '-c', code, name, path, str(rank), str(n)],
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                  cwd=HERE) for rank in range(n)]
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-2000:]
+
+
+def as_rank(name, path, rank, n):
+    torch.set_num_threads(1)
+    if int(n) > 1:
+        dist.init_process_group('gloo', init_method=f'file://{path}/meet', rank=int(rank),
+                                world_size=int(n))
+    globals()[name](Path(path), rank)
+    if int(n) > 1:
+        dist.destroy_process_group()
+
+
+def steps_of_all_scripts(path, rank):
+    """Saves the gradients and figures of every kind of update on this rank's share of 6 prompts."""
+    found = {}
+    mine = model.my_share(np.arange(6))
+    rows = (mine[:, None] * 2 + np.arange(2)).ravel()
+    gpt, reference, P = tiny_gpt(3), tiny_gpt(5), 5
+    discriminator, critic = Discriminator(tiny_gpt(1)).eval(), ppo.Critic(tiny_gpt(4)).eval()
+    for network in discriminator, critic:
+        torch.nn.init.normal_(network.score.weight)
+    prompt, pad = torch.randint(0, 12, (6, P)), torch.tensor([0, 2, 1, 0, 3, 0])
+    gold, ends = torch.randint(0, 12, (6, 4)), torch.tensor([3, 1, 2, 3, 0, 3])
+    gold_mask = torch.arange(4) <= ends[:, None]
+    response, mask, noise = gpt.generate(prompt, pad, 4, 12, samples=2, keep_noise=True,
+                                         rng=torch.Generator().manual_seed(1))
+    gold[0], gold_mask[0] = response[0], mask[0]                             # a tie, on one rank
+    advantage = torch.randn(12, 4)
+    batch = data.Batch(*(z[mine] for z in (prompt, pad, gold, gold_mask)))
+    prompt, pad = (z.repeat_interleave(2, 0) for z in (prompt, pad))
+    with torch.no_grad():
+        ref_logprobs, _ = reference.logprobs(torch.cat((prompt, response), 1), pad, P)
+    common = [z[rows] for z in (prompt, pad, response, mask, mask[:, -1])]
+    flags = ['--tiny', '--grad_clip', '1e9', '--beta', '.3', '--micro_batch', '4']
+    for script in SCRIPTS:
+        name = script.__name__
+        cfg = script.parse(flags + {'ppo': ['--epochs', '1', '--minibatch', '12', '--pretrain_batch'
+                                            '_size', '4'],
+                                    'gumbel': ['--encoding', 'hard', '--r1', '.1']}.get(name, []))
+        cfg.dtype, cfg.sft_batch_size = 'float32', 6
+        roll = script.Rollout(*common, (noise if script is gumbel else ref_logprobs)[rows])
+        keeps = {k: Keep(z) for k, z in (('g', gpt), ('d', discriminator), ('c', critic))}
+        split = Sized(6, lambda i, device: data.Batch(*(z[::2][i] for z in (prompt, pad)),
+                                                      *(z[i] for z in (gold, gold_mask))))
+        figures = {'mle': script.mle_step(gpt, keeps['g'], split, 0, 1, cfg)}
+        found[name, 'mle'] = keeps['g'].kept
+        pairs = script.Pairs(*(z[rows] for z in (prompt, pad)),
+                             *(z.repeat_interleave(2, 0) for z in batch[2:]), *common[2:4])
+        late = [.7, None] if script is gumbel else []
+        early = [gpt] if script is gumbel else []
+        figures |= script.discriminator_step(discriminator, *early, keeps['d'], pairs, len(rows),
+                                             False, *late, cfg)
+        found[name, 'd'] = keeps['d'].kept
+        rewards = (advantage * mask)[rows]
+        if script is reinforce:
+            figures |= reinforce.reinforce_step(gpt, keeps['g'], roll, rewards, batch, .4, 0., 0.,
+                                                cfg)
+        elif script is ppo:
+            running = {'beta_factor': 1., 'updates': 0}
+            figures |= ppo.ppo_step(gpt, critic, (keeps['g'], keeps['c']), roll, rewards, batch,
+                                    np.arange(36).reshape(4, 9) % 13, .4, running, (0., 0.), cfg)
+            found[name, 'c'] = keeps['c'].kept
+        else:
+            figures |= gumbel.gumbel_step(gpt, reference, discriminator, keeps['g'], roll, batch,
+                                          .4, 0., .7, None, cfg)
+        found[name, 'g'] = keeps['g'].kept
+        cfg.samples = 2
+        figures |= script.health(roll, batch, cfg)
+        found[name, 'figures'] = figures
+    torch.save(found, path / f'{dist.get_world_size() if dist.is_initialized() else 1}-{rank}.pt')
+
+
+class Sized:
+    """As much of a Split as an MLE step needs."""
+
+    def __init__(self, n, batch):
+        self.n, self.batch = n, batch
+
+    def __len__(self):
+        return self.n
+
+
+def test_two_ranks_have_the_gradient_of_one():
+    path = folder('ranks')
+    on_ranks('steps_of_all_scripts', path, 1)
+    on_ranks('steps_of_all_scripts', path, 2)
+    one, first, second = (torch.load(path / f'{name}.pt', weights_only=False)
+                          for name in ('1-0', '2-0', '2-1'))
+    assert len(one) == 3 * 4 + 1
+    for key, wanted in one.items():
+        for got in first[key], second[key]:
+            if key[1] == 'figures':
+                assert wanted.keys() == got.keys()
+                for k, v in wanted.items():
+                    assert abs(v - got[k]) < 1e-5 * max(1, abs(v)), (key, k, v, got[k])
+            else:
+                assert (got - wanted).abs().max() < 1e-6 and wanted.abs().max() > 1e-3, key
+
+
+def whole_and_resumed(path, rank):
+    for script in reinforce, gumbel:
+        whole, parts = path / f'whole {script.__name__}', path / f'parts {script.__name__}'
+        train(script, whole, *SMALL)
+        assert train(script, parts, *SMALL, caught=After(parts, 'reward', 2)) is None
+        train(script, parts, '--resume')
+
+
+def test_a_resumed_run_on_two_ranks_equals_an_uninterrupted_one():
+    path = folder('two ranks')
+    on_ranks('whole_and_resumed', path, 2)
+    for name in 'reinforce', 'gumbel':
+        whole, parts = path / f'whole {name}', path / f'parts {name}'
+        assert records(whole) == records(parts) and records(whole)[-1].keys() == {'final'}
+        a, b = (load_checkpoint(out / 'ckpt.pt') for out in (whole, parts))
+        for saved in a, b:
+            saved['settings'].pop('out_dir')
+        assert same(a, b) and len(a['replay']) == 2
+        assert not same(*a['replay'])                # each rank has prompts and noise of its own
+        raises(ValueError, ['--resume', '2 ranks, not 1'], train, reinforce, path /
+               'whole reinforce', '--resume')
+
+
+def test_torchrun_trains_and_a_signal_ends_it():
+    out = folder('torchrun')
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+         HERE / 'reinforce.py', *SMALL, '--iters', '100000', '--out_dir', out],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not After(out, 'reward', 3):
+        time.sleep(.05)
+    process.send_signal(signal.SIGTERM)
+    text, err = process.communicate(timeout=60)
+    rows = [r for r in records(out) if 'reward' in r]
+    assert load_checkpoint(out / 'ckpt.pt')['iter'] == rows[-1]['iter'] + 1, err[-2000:]
+    assert text.count('train: ') == 1                # rank 0 speaks for all
 
 
 def frozen_parts_hold_nothing(script, station, *more):
