@@ -377,7 +377,7 @@ def last_figures(records):
             'distinct-2': ('.3f', dev.get('distinct2', math.nan)),
             'longest run': ('.1f', last.get('longest_run', math.nan)),
             'stopped at': ('', str(fall.get('iter', ''))),
-            'answers like': ('', f'`{fall["collapsed"]}`' if fall else '')}
+            'answers like': ('', f'`{fall["collapsed"] or " "}`' if fall else '')}
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,275 @@
+"""
+Speed, side by side in one run: contestants take turns, medians are compared, only ratios count.
+
+$ python bench.py                             rollouts, a train step, an iteration of each script
+$ python bench.py --only rollout --dtype bfloat16 --batch 32 --json speed.json
+
+The model is a GPT-2 of random weights, 124M parameters unless told otherwise; the peer is the same
+weights in `transformers`, left out where that is not installed. A tilted bias makes <|endoftext|>
+as likely at each token as --mean_length says, for the ragged rollout; elsewhere it never comes.
+"""
+
+import argparse
+import copy
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+
+import data
+import gumbel
+import ppo
+import reinforce
+from model import GPT, Discriminator, GPTConfig
+
+EOS = 50256
+
+
+def race(contestants, args):
+    """Seconds of each function by name: the median of `repeats` turns, after a warm-up."""
+    seconds = {name: [] for name in contestants}
+    for turn in range(args.repeats + 1):
+        for name, run in contestants.items():
+            torch.manual_seed(turn)
+            start = time.perf_counter()
+            run()
+            if args.device.startswith('cuda'):
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(s)) for name, s in seconds.items()}
+
+
+def report(title, seconds, found, tokens=None):
+    """Prints and keeps one race: the first contestant is ours, ratios are to it."""
+    ours = next(iter(seconds.values()))
+    found[title] = {'seconds': seconds, 'ratios': {n: s / ours for n, s in seconds.items()}}
+    rate = f', {tokens / ours:.0f} tokens/s' if tokens else ''
+    print(f'{title}: ' + ', '.join(f'{n} {s:.2f} s' + (f' ({s / ours:.2f}x)' if s != ours else rate)
+                                   for n, s in seconds.items()), flush=True)
+
+
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == 'bfloat16')
+
+
+def twin(gpt, args):
+    """The same weights in `transformers`, or None."""
+    try:
+        os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+        from transformers import GPT2LMHeadModel
+    except ImportError:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        gpt.save_pretrained(folder)
+        return GPT2LMHeadModel.from_pretrained(folder).to(args.device).eval()
+
+
+def lean_to_eos(gpt, mean_length):
+    """Shifts the logit of eos by a constant, so that 1 token in mean_length is eos."""
+    with torch.no_grad():
+        tokens = torch.randint(0, EOS, (4, 64), device=gpt.wte.weight.device)
+        direction = torch.zeros_like(gpt.ln_f.bias)
+        direction[0] = 10.0
+        gpt.ln_f.bias += direction                   # all logits move by 10 wte[:, 0]
+        gpt.wte.weight[:, 0] = 0
+        logits = gpt(tokens).flatten(0, 1)
+        others = logits[:, :EOS].logsumexp(-1).mean()
+        wanted = others - np.log(max(mean_length - 1, 1e-3))
+        gpt.wte.weight[EOS] = 0
+        gpt.wte.weight[EOS, 0] = wanted / gpt.ln_f(gpt.hidden(gpt.embed(tokens)))[..., 0].mean()
+    return gpt
+
+
+def prompts(n, args, ragged):
+    """Random ids (n, P), left-padded where ragged: lengths as SQuAD's prompts have them."""
+    rng = np.random.default_rng(0)
+    lengths = np.full(n, args.prompt)
+    if ragged:                                       # mean 166 and deviation 59 tokens of 256
+        lengths = np.clip(rng.lognormal(5.05, .35, n), 40, args.prompt).astype(int)
+    ids = torch.from_numpy(rng.integers(0, 50000, (n, args.prompt)))
+    pad = torch.from_numpy(args.prompt - lengths)
+    ids[torch.arange(args.prompt) < pad[:, None]] = EOS
+    return ids.to(args.device), pad.to(args.device)
+
+
+def bench_rollout(gpt, args, found):
+    """Prompts of one length and all R tokens; K samples of each; real lengths of both."""
+    peer = twin(gpt, args)
+    leaning = lean_to_eos(copy.deepcopy(gpt), args.mean_length)
+    leaning_peer = twin(leaning, args)
+
+    def ours(model, ids, pad, K, eos):
+        def run():
+            with autocast(args):
+                model.generate(ids, pad, args.response, eos, samples=K)
+        return run
+
+    def theirs(model, ids, pad, K, least):
+        mask = torch.arange(ids.size(1), device=ids.device) >= pad[:, None]
+
+        def run():
+            with torch.no_grad(), autocast(args):
+                model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0,
+                               max_new_tokens=args.response, min_new_tokens=least,
+                               num_return_sequences=K, pad_token_id=EOS, eos_token_id=EOS)
+        return run
+
+    for B in args.batch:
+        for title, one, other, K, ragged in (
+                ('equal lengths', gpt, peer, 1, False), (f'{args.samples} samples of each prompt',
+                                                         gpt, peer, args.samples, False),
+                ('ragged, early ends', leaning, leaning_peer, 1, True)):
+            ids, pad = prompts(B // K, args, ragged)
+            runs = {'ours': ours(one, ids, pad, K, EOS if ragged else EOS + 1)}
+            if other is not None:
+                runs['transformers'] = theirs(other, ids, pad, K, 0 if ragged else args.response)
+            report(f'rollout {args.dtype}, batch {B}, {title}', race(runs, args), found,
+                   None if ragged else B * args.response)
+
+
+def bench_train(gpt, args, found):
+    """An AdamW step on -log pi of the response, from forward to weights."""
+    B = args.batch[0] // 2
+    ids, pad = prompts(B, args, False)
+    response = torch.randint(0, 50000, (B, args.response), device=args.device)
+    batch = data.Batch(ids, pad, response, torch.ones_like(response).bool())
+    labels = torch.cat((torch.full_like(ids, -100), response), 1)
+    tokens = torch.cat((ids, response), 1)
+    ours, peer = copy.deepcopy(gpt), twin(gpt, args)
+    cfg = config(reinforce, args)
+    optimizer = reinforce.adamw(ours, cfg)
+
+    def run():
+        with autocast(args):
+            loss = reinforce.mle_loss(ours, batch)
+        loss.backward()
+        reinforce.update(ours, optimizer, 1e-5, cfg)
+
+    runs = {'ours': run}
+    if peer is not None:
+        peer_optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5)
+
+        def step():
+            with autocast(args):
+                loss = peer(input_ids=tokens, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+            peer_optimizer.step()
+            peer_optimizer.zero_grad()
+        runs['transformers'] = step
+    report(f'train step {args.dtype}, {B} x ({args.prompt} + {args.response})', race(runs, args),
+           found, B * (args.prompt + args.response))
+
+
+def config(script, args):
+    """A script's Config for one iteration at the shape asked for."""
+    B = max(1, args.batch[0] // args.samples)
+    more = ['--minibatch', str(B * args.samples), '--pretrain_batch_size', '2'] \
+        if script is ppo else []
+    cfg = script.parse(['--batch_size', str(B), '--samples', str(args.samples), '--micro_batch',
+                        str(args.micro_batch), '--device', args.device, '--dtype', args.dtype,
+                        '--max_prompt', str(args.prompt), '--max_response', str(args.response),
+                        '--d_replay', '0', *more])
+    cfg.compile = False
+    return cfg
+
+
+def bench_iterations(gpt, args, found):
+    """One iteration of each script by its stations, in seconds; the median of the turns."""
+    for script in reinforce, ppo, gumbel:
+        cfg = config(script, args)
+        generator, reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
+        discriminator = Discriminator(gpt, cfg.d_dropout).to(args.device).eval()
+        networks = [generator, discriminator]
+        optimizers = [script.adamw(net, cfg) for net in networks]
+        if script is ppo:
+            critic = ppo.Critic(gpt).to(args.device).eval()
+            optimizers.append(script.adamw(critic, cfg))
+            passages = np.random.default_rng(0).integers(0, 50000, (8, args.prompt + args.response))
+        ids, pad = prompts(cfg.batch_size, args, False)
+        gold = torch.randint(0, 50000, (cfg.batch_size, args.response), device=args.device)
+        batch = data.Batch(ids, pad, gold, torch.ones_like(gold).bool())
+        seconds = []
+        for turn in range(args.repeats + 1):
+            rng = torch.Generator(args.device).manual_seed(turn)
+            lap = script.Stopwatch(cfg)
+            early = [] if script is gumbel else [reference]
+            roll = script.rollout(generator, *early, batch, EOS + 1, rng, cfg)
+            lap('rollout')
+            rows = torch.arange(cfg.batch_size, device=args.device) * cfg.samples
+            pairs = script.Pairs(*batch, roll.response[rows], roll.mask[rows])
+            late = [.7, rng] if script is gumbel else []
+            early = [generator] if script is gumbel else []
+            script.discriminator_step(discriminator, *early, optimizers[1], pairs, len(rows),
+                                      False, *late, cfg)
+            lap('discriminator')
+            running = {'mean': None, 'square': None, 'beta_factor': 1., 'updates': 0}
+            if script is gumbel:
+                gumbel.gumbel_step(generator, reference, discriminator, optimizers[0], roll, batch,
+                                   .1, 1e-6, .7, rng, cfg)
+            else:
+                values, _ = script.prefix_values(discriminator, roll, batch, running, cfg)
+                rewards = script.token_rewards(values, roll.mask, roll.ended, cfg.reward,
+                                               cfg.no_eos_reward)
+                if script is reinforce:
+                    reinforce.reinforce_step(generator, optimizers[0], roll, rewards, batch, .1,
+                                             0., 1e-6, cfg)
+                else:
+                    ppo.ppo_step(generator, critic, (optimizers[0], optimizers[2]), roll, rewards,
+                                 batch, passages, .1, running, (1e-6, 1e-6), cfg)
+            if turn:
+                seconds.append(lap('generator'))
+        stations = {k: float(np.median([s[k] for s in seconds])) for k in seconds[0]}
+        title = (f'{script.__name__} {args.dtype}, {cfg.batch_size} x {cfg.samples} x '
+                 f'({args.prompt} + {args.response})')
+        found[title] = stations
+        print(f'{title}: ' + ', '.join(f'{k} {s:.2f} s' for k, s in stations.items()), flush=True)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    stations = {'rollout': bench_rollout, 'train': bench_train, 'iterations': bench_iterations}
+    parser.add_argument('--only', nargs='+', choices=stations, default=list(stations))
+    parser.add_argument('--batch', type=int, nargs='+', default=[16, 32], help='responses (16 32)')
+    parser.add_argument('--samples', type=int, default=4, help='K (4)')
+    parser.add_argument('--prompt', type=int, default=256, help='P, tokens (256)')
+    parser.add_argument('--response', type=int, default=32, help='R, tokens (32)')
+    parser.add_argument('--mean_length', type=float, default=4.5, help='of ragged responses (4.5)')
+    parser.add_argument('--micro_batch', type=int, default=16, help='of a backward pass (16)')
+    parser.add_argument('--repeats', type=int, default=3, help='turns that count (3)')
+    parser.add_argument('--n_layer', type=int, default=12)
+    parser.add_argument('--n_head', type=int, default=12)
+    parser.add_argument('--n_embd', type=int, default=768)
+    parser.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--json', help='file to write')
+    args = parser.parse_args(argv)
+    if args.prompt + args.response > 1024:
+        sys.exit(f'--prompt {args.prompt} + --response {args.response} exceed 1024: lower them')
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(1024, EOS + 1, args.n_layer, args.n_head, args.n_embd)).to(args.device)
+    gpt.eval()
+    found = {}
+    name = torch.cuda.get_device_name() if args.device.startswith('cuda') else 'CPU'
+    print(f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    for only in args.only:
+        stations[only](gpt, args, found)
+    peak = (torch.cuda.max_memory_allocated() / 2 ** 30 if args.device.startswith('cuda') else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+    print(f'peak memory {peak:.1f} GiB')
+    if args.json:
+        with open(args.json, 'w') as f:
+            json.dump({'device': name, 'torch': torch.__version__, 'args': vars(args),
+                       'threads': torch.get_num_threads(), 'peak_gib': peak, 'races': found}, f,
+                      indent=1)
+
+
+if __name__ == '__main__':
+    main()
