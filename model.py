@@ -114,6 +114,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.kept_cache = None            # reused: fresh memory is slow memory
+        self.compiled = False
         self.init_weights()
 
     def init_weights(self):
@@ -143,7 +144,7 @@ class GPT(nn.Module):
             return tokens @ self.wte.weight
         return self.wte(tokens)
 
-    def hidden(self, x, pad=None, cache=None, slot=None):
+    def hidden(self, x, pad=None, cache=None, slot=None, first=0):
         """
         The trunk: token embeddings in, the last layer norm's output out.
 
@@ -151,10 +152,11 @@ class GPT(nn.Module):
         pad      (B,) padding tokens at the left of each row; None for none
         cache    (2, L, B*K, H, P + R, D) keys and values, written in place; needs `pad`
         slot     (1,) column of the one token of a decoding step; None for a pass over whole rows
+        first    column of the first token of such a pass, where all before it is padding
         returns  (B, T, C)
         """
         B, T, _ = x.shape
-        columns = torch.arange(T, device=x.device) if slot is None else slot
+        columns = torch.arange(first, first + T, device=x.device) if slot is None else slot
         positions, mask = columns.expand(B, T), None
         if pad is not None:
             positions = (columns - pad[:, None]).clamp(min=0)                # (B, T)
@@ -234,30 +236,45 @@ class GPT(nn.Module):
                              f'block size {self.config.block_size}: lower --max_prompt or '
                              '--max_response')
         N, device = B * samples, prompt.device
-        cache = self.cache(N, P + max_response)
-        x = self.hidden(self.embed(prompt), pad, cache)[:, -1]               # (B, C)
-        x, pad = x.repeat_interleave(samples, 0), pad.repeat_interleave(samples, 0)
+        static = self.compiled or device.type == 'cuda'          # graphs want one shape
+        cache, noises = self.cache(N, P + max_response), []
+        # prompts of like length run together, without the padding that all of them have
+        order = torch.arange(B, device=device) if static else pad.argsort(stable=True)
+        size, parts = B if static else max(4, -(-B // 4)), []
+        for start in range(0, B, size):
+            group = order[start:start + size]
+            first = 0 if static else int(pad[group].min())
+            parts.append(self.hidden(self.embed(prompt[group, first:]), pad[group],
+                                     cache[:, :, start * samples:(start + size) * samples],
+                                     first=first)[:, -1])
+        x = torch.cat(parts)                                                 # (B, C)
+        rows = (order[:, None] * samples + torch.arange(samples, device=device)).flatten()
+        x, pad = x.repeat_interleave(samples, 0), pad[order].repeat_interleave(samples, 0)
         response = torch.full((N, max_response), eos, device=device)
         mask = torch.zeros((N, max_response), dtype=torch.bool, device=device)
         alive = torch.ones(N, dtype=torch.bool, device=device)
-        noises = []
         for t in range(max_response):
-            logits = self.head(x)                                            # (N, V)
+            logits = self.head(x)                                            # (n, V)
             if temperature > 0:
                 logits = logits / temperature
                 if top_k is not None and top_k < logits.size(-1):
                     least = logits.topk(top_k).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
-                # -log(Exponential(1)) is Gumbel(0, 1); the floor keeps log(0) out
-                noise = -torch.empty_like(logits).exponential_(generator=rng).clamp_(1e-30).log_()
-                logits = logits + noise
+                # -log(Exponential(1)) is Gumbel(0, 1); the floor keeps log(0) out. Noise is drawn
+                # for all rows, so that no row's depends on when others end
+                noise = torch.empty(N, logits.size(-1), dtype=logits.dtype, device=device)
+                noise = -noise.exponential_(generator=rng).clamp_(1e-30).log_()
+                logits = logits + (noise if static else noise[rows])
                 if keep_noise:
                     noises.append(noise)
-            token = torch.where(alive, logits.argmax(-1), eos)               # (N,)
-            response[:, t], mask[:, t] = token, alive
+            token = torch.where(alive, logits.argmax(-1), eos)               # (n,)
+            response[rows, t], mask[rows, t] = token, alive
             alive = alive & (token != eos)
             if t + 1 == max_response or (device.type != 'cuda' and not alive.any()):
                 break           # on CUDA the look at `alive` would make the host wait each token
+            if not static and 2 * alive.sum() <= len(alive):     # half of the rows are over
+                kept, cache = alive.nonzero()[:, 0], cache[:, :, alive]
+                rows, token, pad, alive = (z[kept] for z in (rows, token, pad, alive))
             x = self.decode(token, pad, cache, torch.full((1,), P + t, device=device))
         noise = None
         if keep_noise:
@@ -290,6 +307,7 @@ class GPT(nn.Module):
         Compiles in place: each block (one graph serves all layers) and the decoding step, on CUDA
         under CUDA graphs. Copy a model before, not after.
         """
+        self.compiled = True
         for block in self.h:
             block.compile()
         if self.wte.weight.is_cuda:

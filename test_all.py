@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 import unittest
+import unittest.mock
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
@@ -212,6 +213,29 @@ def test_cached_generation_equals_uncached():
     again = gpt.generate(prompt, pad, R, eos, rng=torch.Generator().manual_seed(3))[0]
     assert torch.equal(again, gpt.generate(prompt, pad, R, eos,
                                            rng=torch.Generator().manual_seed(3))[0])
+
+
+def test_bucketed_and_shrinking_generation_equals_the_plain_one():
+    """Prompts of all lengths in groups, rows dropped as they end, against all rows to the end."""
+    gpt = tiny_gpt(block_size=40)
+    with torch.no_grad():
+        gpt.ln_f.bias[0] = 3.
+        gpt.wte.weight[12, 0] = .9                   # eos comes often
+    for samples, B in (1, 23), (3, 11), (2, 1):
+        prompt, pad = torch.randint(0, 12, (B, 20)), torch.randint(0, 20, (B,))
+        found = []
+        for gpt.compiled in False, True:             # which asks for static shapes
+            rows = []
+            with unittest.mock.patch.object(gpt, 'decode', lambda token, *a, rows=rows: (
+                    rows.append(len(token)) or GPT.decode(gpt, token, *a))):
+                found.append(gpt.generate(prompt, pad, 8, 12, samples=samples, keep_noise=True,
+                                          rng=torch.Generator().manual_seed(B)))
+            if B > 1:
+                assert (min(rows) < B * samples) == (not gpt.compiled), rows
+        (response, mask, noise), plain = found
+        assert torch.equal(response, plain[0]) and torch.equal(mask, plain[1])
+        assert torch.equal(noise[mask], plain[2][mask])
+        assert B == 1 or mask.sum(1).min() < mask.sum(1).max()
 
 
 def test_samples_follow_the_softmax():
