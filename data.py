@@ -88,7 +88,7 @@ def read_squad(path, stamp=None):
     try:
         with open(path, encoding='utf-8') as f:
             root = json.load(f)
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:        # the latter of brackets without end
         raise ValueError(f'{path} is not JSON: {e}') from e
     n = 0
     for a, article in enumerate(need(root, 'data', list, 'the file')):

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import pickle
-import zipfile
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,8 +44,11 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} is {getattr(self, name)}: give at least 1')
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f'{name} is {value!r}: give a whole number of at least 1')
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout <= 1:
+            raise ValueError(f'dropout is {self.dropout!r}: give a number from 0 to 1')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: '
                              'change one of them')
@@ -326,12 +329,21 @@ class GPT(nn.Module):
         path = download(source) if source in HUB else Path(source)
         if path.suffix == '.pt':
             saved = load_checkpoint(path)
-            if 'model' not in saved or 'gpt_config' not in saved:
-                raise ValueError(f'{path} holds no model of ours: give a ckpt.pt or sft.pt')
-            config, weights = GPTConfig(**saved['gpt_config']), saved['model']
+            try:
+                config, weights = GPTConfig(**saved['gpt_config']), dict(saved['model'])
+                if not all(type(k) is str and torch.is_tensor(v) for k, v in weights.items()):
+                    raise TypeError
+            except (TypeError, KeyError) as e:
+                raise ValueError(f'{path} holds no model of ours: give a ckpt.pt or sft.pt') from e
         else:
             weights, settings = read_openai(path)
             config = infer_config(weights, settings, path)
+        blocks = {k.split('.')[1] for k in weights if k.startswith('h.')}
+        if len(blocks) != config.n_layer:
+            raise ValueError(f'{source} has {len(blocks)} blocks of {config.n_layer}: not a whole '
+                             'GPT-2')
+        with torch.device('meta'):
+            cls(config).load_strictly(weights, source)           # checked before memory is taken
         model = cls.uninitialised(config)
         model.load_strictly(weights, source)
         return model
@@ -502,7 +514,7 @@ def infer_config(weights, settings, path):
         if settings.get(key, value) != value:
             raise ValueError(f'{path} has {key} {settings[key]!r}: GPT-2 has {value!r}')
     vocab_size, n_embd = weights['wte.weight'].shape
-    layers = [int(k.split('.')[1]) for k in weights if k.startswith('h.')]
+    layers = [int(n) for k in weights for n in re.findall(r'^h\.(\d{1,4})\.', k)]
     config = GPTConfig(block_size=weights['wpe.weight'].size(0), vocab_size=vocab_size,
                        n_layer=max(layers, default=-1) + 1, n_embd=n_embd,
                        n_head=settings.get('n_head', max(1, n_embd // 64)))  # 64 in all GPT-2s
@@ -602,5 +614,5 @@ def load_checkpoint(path):
     except pickle.UnpicklingError as e:
         raise ValueError(f'{path} refused, nothing executed: it is damaged, or holds more than '
                          'tensors and plain values') from e
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as e:
+    except Exception as e:           # bytes that are no pickle end in an error of any kind
         raise ValueError(f'{path} is not a readable checkpoint (truncated?): use another') from e

@@ -15,12 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unittest
 import unittest.mock
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 import gumbel
@@ -1354,6 +1356,220 @@ def test_a_resumed_gumbel_run_equals_an_uninterrupted_one():
     resumed_equals_uninterrupted(gumbel, '--beta', '.1')
 
 
+def slow_save(save=torch.save):
+    """Makes every checkpoint take a tenth of a second, half of it on disk meanwhile."""
+    def halting(state, f):
+        whole = io.BytesIO()
+        save(state, whole)
+        half = len(whole.getvalue()) // 2
+        for part in whole.getvalue()[:half], whole.getvalue()[half:]:
+            f.write(part)
+            f.flush()
+            time.sleep(.05)
+    torch.save = halting
+
+
+def killed_and_resumed(script, kills, seed):
+    """Kills a run at `kills` random instants and goes on; it must end as if it never was."""
+    flags = [*SMALL, '--iters', '30', '--sft_iters', '6']
+    flags += ['--minibatch', '8'] if script is ppo else []
+    whole, parts = (folder(f'{name} {script.__name__}') for name in ('never killed', 'killed'))
+
+    def child(out, *more):
+        pid = os.fork()
+        if not pid:                                  # no cleaning up: that is the parent's
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                tqdm.set_lock(threading.RLock())     # its own would leak a semaphore at each kill
+                slow_save()
+                train(script, out, *flags, *more)
+                code = 0
+            finally:
+                os._exit(code)
+        return pid
+
+    assert os.waitpid(child(whole), 0)[1] == 0
+    rng, hits, kept = np.random.default_rng(seed), 0, set()
+    while True:
+        begun = any((parts / name).exists() for name in ('sft.pt', 'ckpt.pt'))
+        pid = child(parts, '--resume' if begun else '--overwrite')
+        if hits < kills:
+            time.sleep(rng.uniform(.2, 1.2))
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            if hits >= kills or records(parts)[-1].keys() == {'final'}:
+                break
+        hits += 1
+        for name in 'sft.pt', 'ckpt.pt':
+            if (parts / name).exists():
+                saved = load_checkpoint(parts / name)
+                kept.add(saved.get('iter', -1))
+    assert records(parts) == records(whole) and records(whole)[-1].keys() == {'final'}
+    for name in 'ckpt.pt', 'sft.pt':
+        a, b = (load_checkpoint(out / name) for out in (whole, parts))
+        for saved in a, b:
+            saved['settings'].pop('out_dir')
+        assert same(a, b), name
+    return hits, len(kept)
+
+
+def test_a_killed_run_ends_as_if_it_never_was():
+    hits, _ = killed_and_resumed(reinforce, 5, 0)
+    assert hits >= 3
+
+
+def long_kills_lose_nothing():
+    """25 kills of each script: a run that is over sooner is begun anew."""
+    for script in SCRIPTS:
+        hits = instants = 0
+        while hits < 25:
+            more, kept = killed_and_resumed(script, 25 - hits, hits)
+            hits, instants = hits + more, instants + kept
+        print(f'{script.__name__}: {hits} kills, {instants} checkpoints in between')
+
+
+def sentence_or_result(call, *args):
+    """Nothing but a result or one sentence may come of it; which of them did."""
+    try:
+        call(*args)
+        return True
+    except (ValueError, FileNotFoundError) as e:
+        assert str(e) and '\n' not in str(e), repr(e)
+        return False
+
+
+def fuzzed(examples):
+    """Calls a function of `draw` so many times, with other choices each time; needs hypothesis."""
+    try:
+        import hypothesis
+    except ImportError as e:
+        raise unittest.SkipTest('hypothesis is not installed') from e
+
+    def run(function):
+        wanted = hypothesis.settings(max_examples=examples, deadline=None, database=None,
+                                     derandomize=True, print_blob=False,
+                                     suppress_health_check=list(hypothesis.HealthCheck))
+        wanted(hypothesis.given(hypothesis.strategies.data())(lambda d: function(d.draw)))()
+    return run
+
+
+def damaged(draw, raw):
+    """Bytes with some flipped, cut out or put in, or cut off."""
+    from hypothesis import strategies as st
+    raw = bytearray(raw)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, max(0, len(raw) - 1)))
+        kind = draw(st.sampled_from(['flip', 'cut', 'put', 'end']))
+        if kind == 'flip' and raw:
+            raw[at] ^= 1 << draw(st.integers(0, 7))
+        elif kind == 'cut':
+            del raw[at:at + draw(st.integers(1, 40))]
+        elif kind == 'put':
+            raw[at:at] = draw(st.binary(min_size=1, max_size=8))
+        else:
+            del raw[at:]
+    return bytes(raw)
+
+
+def fuzz_squad(examples):
+    from hypothesis import strategies as st
+    path, counts = folder('fuzz') / 'train-v2.0.json', [0, 0]
+    scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    anything = st.recursive(scalars, lambda z: st.lists(z, max_size=3)
+                            | st.dictionaries(st.text(max_size=5), z, max_size=3), max_leaves=6)
+    answer = {'text': 'Ada', 'answer_start': 3}
+    qas = [{'id': 'a', 'question': 'Who?', 'is_impossible': False, 'answers': [answer, answer]},
+           {'id': 'b', 'question': 'When?', 'is_impossible': True, 'answers': []}]
+    good = {'data': [{'title': 't', 'paragraphs': [{'context': 'By Ada.', 'qas': qas}]}]}
+    enc = data.load_tokenizer('toy')
+
+    def read():
+        rows = list(data.read_squad(str(path)))
+        data.Split(rows, enc, 20, 5, train=True).batch(range(len(rows)))
+
+    @fuzzed(examples)
+    def one(draw):
+        doc = json.loads(json.dumps(good))
+        if draw(st.booleans()):
+            at, spots = [doc], []
+            while at:                                # every place a value stands
+                node = at.pop()
+                for key in node if isinstance(node, dict) else range(len(node)):
+                    spots.append((node, key))
+                    if isinstance(node[key], (dict, list)):
+                        at.append(node[key])
+            node, key = draw(st.sampled_from(range(len(spots))).map(spots.__getitem__))
+            if draw(st.booleans()):
+                node[key] = draw(anything)
+            else:
+                del node[key]
+            path.write_text(json.dumps(doc), encoding='utf-8')
+        else:
+            path.write_bytes(damaged(draw, json.dumps(doc).encode()))
+        counts[sentence_or_result(read)] += 1
+    path.write_text('[' * 100000)
+    raises(ValueError, [str(path), 'JSON'], read)
+    return counts
+
+
+def fuzz_checkpoints(examples, kind):
+    from hypothesis import strategies as st
+    at, counts = folder(f'fuzz {kind}'), [0, 0]
+    gpt = tiny_gpt(vocab_size=11, n_layer=1)
+    if kind == 'safetensors':
+        gpt.save_pretrained(at)
+        path = at / 'model.safetensors'
+    else:
+        path = at / 'ckpt.pt'
+        save_checkpoint(path, {'model': gpt.state_dict(), 'gpt_config': asdict(gpt.config),
+                               'settings': {'lr': 1e-3}})
+    raw = path.read_bytes()
+    state = {k: v.clone() for k, v in gpt.state_dict().items()}
+
+    @fuzzed(examples)
+    def one(draw):
+        if draw(st.booleans()):
+            path.write_bytes(damaged(draw, raw))
+        else:                                        # a whole file with the wrong things in it
+            weights = dict(state)
+            name = draw(st.sampled_from(sorted(weights)))
+            change = draw(st.sampled_from(['lose', 'rename', 'reshape', 'add', 'type']))
+            if change in ('lose', 'rename'):
+                tensor = weights.pop(name)
+            if change == 'rename':
+                weights[draw(st.sampled_from(['h.', 'h.x.y', 'wte', 'h.7.ln_1.bias', '']))] = tensor
+            if change == 'reshape':
+                weights[name] = torch.zeros(draw(st.lists(st.integers(0, 4), max_size=3)))
+            if change == 'add':
+                weights[draw(st.text(max_size=4))] = torch.zeros(2)
+            if change == 'type':
+                weights[name] = weights[name].to(torch.int64)
+            if kind == 'safetensors':
+                model.save_file({k: v.contiguous() for k, v in weights.items()}, path)
+            else:
+                config = asdict(gpt.config)
+                if draw(st.booleans()):
+                    config[draw(st.sampled_from([*config, 'more']))] = draw(
+                        st.none() | st.integers(-2, 3) | st.text(max_size=3))
+                save_checkpoint(path, {'model': weights, 'gpt_config': config})
+        counts[sentence_or_result(GPT.from_pretrained, path)] += 1
+    return counts
+
+
+def test_damaged_files_are_one_sentence():
+    for counts in fuzz_squad(150), *(fuzz_checkpoints(150, k) for k in ('pt', 'safetensors')):
+        assert counts[0] > 50, counts
+
+
+def long_damaged_files_are_one_sentence():
+    for name, counts in (('SQuAD JSON', fuzz_squad(4000)), ('.pt', fuzz_checkpoints(4000, 'pt')),
+                         ('.safetensors', fuzz_checkpoints(4000, 'safetensors'))):
+        print(f'{name}: {sum(counts)} inputs, {counts[0]} refused in a sentence, {counts[1]} read')
+
+
 def on_ranks(name, path, n):
     """Calls the function `name`(path, rank) of this file on each of n ranks at once."""
     code = 'import sys, test_all; test_all.as_rank(*sys.argv[1:])'
@@ -1767,7 +1983,8 @@ def run(name):
 def main(part=''):
     """Runs the tests whose name holds `part`; exit code 1 if one fails or none matched."""
     os.environ['OMP_NUM_THREADS'] = '1'              # one core a process, and its subprocesses
-    names = [n for n in globals() if n.startswith('test_') and part in n]
+    kind = 'long_' if part.startswith('long') else 'test_'          # minutes; asked for by name
+    names = [n for n in globals() if n.startswith(kind) and part in n]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context('spawn')) as pool:
         longest_first = sorted(names, key=lambda n: 'compiled' not in n)
         started = {n: pool.submit(run, n) for n in longest_first}
