@@ -224,7 +224,7 @@ def relax(logits, noise, response, mask, tau, hard):
               softmax((logits + noise) / tau) (straight-through, Jang et al. 2017); else both are
               the relaxed sample's
     """
-    onehots = F.one_hot(response, logits.size(-1)).to(logits.dtype)
+    onehots = torch.zeros_like(logits).scatter_(-1, response[..., None], 1.0)
     soft = ((logits + noise) / tau).softmax(-1)
     if hard:
         soft = onehots + (soft - soft.detach())
@@ -235,22 +235,28 @@ def conditional_noise(logits, response, rng):
     """
     Gumbel noise (B, R, V), given that it sampled the response: response = argmax(logits + noise).
 
-    The largest of all logits + noise is Gumbel(logsumexp(logits)) whichever it is, and the others
-    are Gumbel below it (Maddison et al. 2014); logits (B, R, V), response (B, R) ids, rng or None.
+    The largest of all logits + noise is Gumbel(logsumexp(logits)) whichever it is; the others are
+    Gumbel too, cut off there (Maddison et al. 2014). With e ~ Exponential(1), -log(e) is Gumbel and
+    -log(e + exp(logit - largest)) the noise of one so cut. logits (B, R, V), response (B, R) ids.
     """
-    def gumbel(shape):
-        z = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-        return -z.exponential_(generator=rng).clamp_(1e-30).log_()
+    def exponential(shape):
+        e = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+        return e.exponential_(generator=rng).clamp_(1e-30)
 
-    top = logits.logsumexp(-1, keepdim=True) + gumbel((*response.shape, 1))
-    below = -torch.logaddexp(-top, -(logits + gumbel(logits.shape)))
-    return below.scatter(-1, response[..., None], top) - logits
+    largest = logits.logsumexp(-1, keepdim=True) - exponential((*response.shape, 1)).log()
+    noise = exponential(logits.shape).add_((logits - largest).exp_()).log_().neg_()
+    return noise.scatter_(-1, response[..., None],
+                          largest - logits.gather(-1, response[..., None]))
 
 
 def exact_kl(logits, ref_logits, mask):
-    """KL(pi || reference) at each token (B, R) from logits (B, R, V), nats; 0 outside the mask."""
+    """KL(pi || reference) and the entropy of pi, no gradient, at each token (B, R) from logits
+    (B, R, V), nats; 0 outside the mask."""
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    return (logp.exp() * (logp - ref_logp)).sum(-1) * mask
+    p = logp.exp()
+    with torch.no_grad():
+        entropy = -(p * logp).sum(-1) * mask
+    return (p * (logp - ref_logp)).sum(-1) * mask, entropy
 
 
 # -----------------------------------------------------------------------------
@@ -290,7 +296,8 @@ def encode(generator, prompt, pad, response, mask, tau, rng, soft, cfg):
     sample that happens to be right. Beside one-hots, its relaxed samples would be told at sight.
     """
     if not soft:
-        return F.one_hot(response, generator.config.vocab_size).float()
+        onehots = torch.zeros(*response.shape, generator.config.vocab_size, device=response.device)
+        return onehots.scatter_(-1, response[..., None], 1.0)
     with autocast(cfg):
         logits = response_logits(generator, prompt, response, pad)
     noise = conditional_noise(logits, response, rng)
@@ -521,12 +528,13 @@ def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anc
         weights = where / where.sum(1, keepdim=True).clamp(min=1) / N
         loss = (generator_loss(real, fake, cfg.d_loss) * weights).sum()
         grad, = torch.autograd.grad(loss, shown)
-        kl = exact_kl(logits, ref_logits, r.mask)
-        torch.autograd.backward((z, cfg.beta * kl.sum() / N), (grad, None))
-        with torch.no_grad():
-            logp = logits.log_softmax(-1)
-            entropy = -(logp.exp() * logp).sum(-1)
-            sums += torch.stack((loss, kl.sum(), (entropy * r.mask).sum(), r.mask.sum()))
+        with torch.set_grad_enabled(cfg.beta > 0):
+            kl, entropy = exact_kl(logits, ref_logits, r.mask)
+        if cfg.beta:
+            torch.autograd.backward((z, cfg.beta * kl.sum() / N), (grad, None))
+        else:
+            z.backward(grad)
+        sums += torch.stack((loss, kl.sum(), entropy.sum(), r.mask.sum())).detach()
     with autocast(cfg):
         mle = mle_loss(generator, batch, over_ranks(batch.mask.sum()))
     if anchor:
