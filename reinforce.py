@@ -349,15 +349,13 @@ REPLAY = 4096                # fakes kept for replay
 
 
 def update(network, optimizer, lr, cfg):
-    """Sums the gradient over ranks, clips it, takes a step; returns its norm before the clip."""
+    """Sums the gradient over ranks, clips it, takes a step unless it is not finite; its norm."""
     sum_gradients(network.parameters())
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip)
-    if not norm.isfinite():
-        raise FloatingPointError(f'the gradient of the {type(network).__name__} is not finite: '
-                                 'lower its learning rate, a flag that ends in lr, and --resume')
     for group in optimizer.param_groups:
         group['lr'] = lr
-    optimizer.step()
+    if norm.isfinite():                              # otherwise `log` ends the run
+        optimizer.step()
     optimizer.zero_grad()                            # no network's waits while another one learns
     return norm.item()
 
@@ -373,14 +371,14 @@ def schedule(step, steps, updates, warmup):
 
 
 def mle_step(generator, optimizer, train_set, step, steps, cfg):
-    """MLE update number `step` of `steps`; the loss in nats per token."""
+    """MLE update number `step` of `steps`; the loss in nats per token, the gradient's norm."""
     index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
     batch = train_set.batch(my_share(index), cfg.device)
     with autocast(cfg):
         loss = mle_loss(generator, batch, over_ranks(batch.mask.sum()))
     loss.backward()
-    update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50), cfg)
-    return over_ranks(loss).item()
+    norm = update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50), cfg)
+    return over_ranks(loss).item(), norm
 
 
 def draw_pairs(roll, index, replay, train_set, cfg):
@@ -413,7 +411,7 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
     that is over keeping its last score; otherwise that of the whole answers.
     fresh    so many pairs in front are of this iteration: the figures are theirs
     skip     measure only
-    returns  dict: d_loss in nats, d_acc (None if all tie), tie_rate
+    returns  dict: d_loss in nats, d_norm, d_acc (None if all tie), tie_rate
     """
     differ = (pairs.real != pairs.fake).cumsum(1) > 0                        # (N, R)
     untied = differ[:, -1]
@@ -437,13 +435,13 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
         losses.append(loss.detach())
         margins.append((real - fake)[:, -1].detach())
     discriminator.eval()
-    if learn:
-        update(discriminator, optimizer, cfg.d_lr, cfg)
+    d_norm = update(discriminator, optimizer, cfg.d_lr, cfg) if learn else None
     right = (torch.cat(margins) > 0)[:fresh][untied[:fresh]]
     n_right, n_pairs, n_fresh = (over_ranks(n) for n in (
         right.sum().item(), len(right), len(untied[:fresh])))
     return {'d_loss': over_ranks(sum(losses)).item() if over_ranks(untied.sum()).item() else None,
-            'd_acc': n_right / n_pairs if n_pairs else None, 'tie_rate': 1 - n_pairs / n_fresh}
+            'd_norm': d_norm, 'd_acc': n_right / n_pairs if n_pairs else None,
+            'tie_rate': 1 - n_pairs / n_fresh}
 
 
 def prefix_values(discriminator, roll, batch, running, cfg):
@@ -628,8 +626,8 @@ def warm_start(generator, train_set, out, log, caught, cfg):
             save(path, generator, cfg, sft_iter=step, optimizer=optimizer.state_dict())
         if stop:
             return False
-        mle = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
-        log({'sft_iter': step, 'mle': mle}, step % cfg.log_interval == 0)
+        mle, norm = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
+        log({'sft_iter': step, 'mle': mle, 'mle_norm': norm}, step % cfg.log_interval == 0)
     if start < cfg.sft_iters or not path.exists():
         save(path, generator, cfg, sft_iter=cfg.sft_iters)
     return True
@@ -637,12 +635,21 @@ def warm_start(generator, train_set, out, log, caught, cfg):
 
 def open_log(out, cfg, sft_iter, iteration):
     """
-    A function that appends a record to metrics.jsonl and prints it on request.
+    A function that appends a record to metrics.jsonl and prints it on request; a number that is not
+    finite is a FloatingPointError.
 
     What a checkpoint at (sft_iter, iteration) does not know of is cut off first. Only rank 0 logs.
     """
+    def check(record):
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                where = next(f'{k} {record[k]}' for k in ('iter', 'sft_iter') if k in record)
+                raise FloatingPointError(
+                    f'{name} is {value} at {where}: the checkpoint in {out} is from before; give a '
+                    'lower learning rate, a flag that ends in lr, and --resume')
+
     if ranks()[0]:
-        return lambda record, show: None
+        return lambda record, show: check(record)
     path = out / 'metrics.jsonl'
     lines = path.read_text().splitlines() if path.exists() else []
     kept = []
@@ -664,6 +671,7 @@ def open_log(out, cfg, sft_iter, iteration):
     os.replace(part, path)
 
     def log(record, show):
+        check(record)
         with open(path, 'a') as f:
             f.write(json.dumps(record) + '\n')
         if show:
@@ -816,8 +824,9 @@ def train(cfg, caught=()):
         if cfg.control:
             n = running['control_steps']
             for step in range(n * it, n * it + n):
-                mle = mle_step(generator, optimizer, train_set, step, n * cfg.iters, cfg)
-            log({'iter': it, 'mle': mle, 'seconds': lap('mle')}, it % cfg.log_interval == 0)
+                mle, norm = mle_step(generator, optimizer, train_set, step, n * cfg.iters, cfg)
+            log({'iter': it, 'mle': mle, 'mle_norm': norm, 'seconds': lap('mle')},
+                it % cfg.log_interval == 0)
             continue
         torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout, replay
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)

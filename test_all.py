@@ -697,7 +697,7 @@ def test_a_batch_of_ties_moves_no_discriminator():
     ids, mask = torch.ones(4, 3, dtype=torch.long), torch.ones(4, 3).bool()
     pairs = reinforce.Pairs(ids, torch.zeros(4, dtype=torch.long), ids, mask, ids, mask)
     out = reinforce.discriminator_step(network, reinforce.adamw(network, cfg), pairs, 4, False, cfg)
-    assert out == {'d_loss': None, 'd_acc': None, 'tie_rate': 1.0}
+    assert out == {'d_loss': None, 'd_norm': None, 'd_acc': None, 'tie_rate': 1.0}
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
@@ -1431,6 +1431,48 @@ def long_kills_lose_nothing():
         print(f'{script.__name__}: {hits} kills, {instants} checkpoints in between')
 
 
+def test_a_number_that_is_not_finite_ends_the_run():
+    """Which and when is named, the last healthy checkpoint stays and can be gone on from."""
+    for script, station, at, named in (
+            (reinforce, 'mle_loss', 2, 'mle is nan at sft_iter 2'),
+            (reinforce, 'policy_loss', 3, 'g_loss is nan at iter'),
+            (reinforce, 'discriminator_loss', 2, 'd_loss is nan at iter 2'),
+            (reinforce, 'prefix_values', 2, ' is nan at iter'),
+            (ppo, 'value_loss', 3, 'is nan at iter'), (ppo, 'passage_loss', 2, 'is nan at iter'),
+            (gumbel, 'generator_loss', 2, 'is nan at iter'),
+            (gumbel, 'response_logits', 9, 'is nan at iter')):
+        out, calls, kept = folder('poisoned'), itertools.count(), getattr(script, station)
+
+        def poisoned(*a, calls=calls, kept=kept, at=at):
+            value = kept(*a)
+            if next(calls) != at:
+                return value
+            return (value[0] * math.nan, value[1]) if isinstance(value, tuple) else value * math.nan
+
+        setattr(script, station, poisoned)
+        flags = [*SMALL, '--iters', '12', '--eval_interval', '1', '--d_max_acc', '1', '--anchor',
+                 '.1', *(['--minibatch', '8'] if script is ppo else [])]
+        try:
+            raises(FloatingPointError, [named, '--resume'], train, script, out, *flags)
+        finally:
+            setattr(script, station, kept)
+        for name in 'sft.pt', 'ckpt.pt':
+            if (out / name).exists():
+                state = load_checkpoint(out / name)['model']
+                assert all(v.isfinite().all() for v in state.values()), (station, name)
+        assert 'NaN' not in (out / 'metrics.jsonl').read_text()
+        assert train(script, out, '--resume')['tuned']['f1'] >= 0
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    gpt = tiny_gpt()
+    before, cfg = gpt.wte.weight.clone(), reinforce.parse(['--tiny'])
+    gpt(torch.tensor([[1, 2]])).sum().backward()
+    gpt.wte.weight.grad[0, 0] = math.inf
+    assert not math.isfinite(reinforce.update(gpt, reinforce.adamw(gpt, cfg), 1., cfg))
+    assert torch.equal(gpt.wte.weight, before)
+
+
 def sentence_or_result(call, *args):
     """Nothing but a result or one sentence may come of it; which of them did."""
     try:
@@ -1623,7 +1665,8 @@ def steps_of_all_scripts(path, rank):
         keeps = {k: Keep(z) for k, z in (('g', gpt), ('d', discriminator), ('c', critic))}
         split = Sized(6, lambda i, device: data.Batch(*(z[::2][i] for z in (prompt, pad)),
                                                       *(z[i] for z in (gold, gold_mask))))
-        figures = {'mle': script.mle_step(gpt, keeps['g'], split, 0, 1, cfg)}
+        figures = dict(zip(('mle', 'mle_norm'),
+                           script.mle_step(gpt, keeps['g'], split, 0, 1, cfg)))
         found[name, 'mle'] = keeps['g'].kept
         pairs = script.Pairs(*(z[rows] for z in (prompt, pad)),
                              *(z.repeat_interleave(2, 0) for z in batch[2:]), *common[2:4])
@@ -1764,7 +1807,7 @@ def test_control_spends_the_time_of_a_run_on_mle():
     (run / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     for script in SCRIPTS:
         kept, clock = (script.mle_step, script.time), itertools.count(0., .025)
-        script.mle_step = lambda *a: 0.
+        script.mle_step = lambda *a: (0., 0.)
         script.time = SimpleNamespace(perf_counter=lambda clock=clock: next(clock))
         try:                                         # 0.8 seconds in steps of 0.025
             cfg = script.parse(['--tiny', '--control', str(run), '--iters', '16'])
@@ -1776,7 +1819,7 @@ def test_control_spends_the_time_of_a_run_on_mle():
                        '40')
         assert 'more MLE' in result and 'tuned' not in result
         rows = [r for r in records(out) if 'iter' in r and 'dev' not in r]
-        assert len(rows) == 40 and all(r.keys() == {'iter', 'mle'} for r in rows)
+        assert len(rows) == 40 and all(r.keys() == {'iter', 'mle', 'mle_norm'} for r in rows)
         assert load_checkpoint(out / 'ckpt.pt')['running']['control_steps'] >= 1
         raises(ValueError, ['--control gone', 'holds no run'], train, script, folder('lone'),
                *SMALL, '--control', 'gone', *(['--minibatch', '8'] if script is ppo else []))
