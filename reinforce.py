@@ -152,9 +152,9 @@ def check(cfg):
     for name, value in asdict(cfg).items():
         least = 1 if type(value) is int and name not in may_be_0 else 0
         least, most = (0, 1) if name in SHARES else (least, math.inf)
-        if type(value) in (int, float) and name != 'no_eos_reward' and not (
-                least <= value <= most and math.isfinite(value)):
-            raise ValueError(f'--{name} {value}: give a number of at least {least}' + (
+        least = -1e9 if name == 'no_eos_reward' else least
+        if type(value) in (int, float) and not (least <= value <= most and math.isfinite(value)):
+            raise ValueError(f'--{name} {value}: give a number of at least {least:g}' + (
                 f' and at most {most}' if name in SHARES else ''))
     for name in ABOVE_0:
         if getattr(cfg, name) == 0:

@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Optional, get_args
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / 'shared' / 'data'
@@ -1911,6 +1912,46 @@ def test_a_mistake_is_one_sentence():
             (gumbel, new, ['--tau_end', '.05'], ['--tau_end 0.05', 'at least 0.1']),
             (ppo, other, ['--resume'], [str(other), 'another script', '--baseline'])):
         raises((ValueError, FileNotFoundError), words, train, script, out, *flags)
+
+
+def test_every_flag_refuses_what_it_cannot_take():
+    """The wrong type is argparse's to refuse, what is out of range ours: flag, value and remedy."""
+    tried = 0
+    for script in SCRIPTS:
+        for f in fields(script.Config):
+            flag, kept = f'--{f.name}', sys.stderr
+            kinds = {int: ['x', '1.5', '', 'nan'], float: ['x', '', '1,5']}.get(f.type, [])
+            if get_args(f.type) and type(None) not in get_args(f.type):      # a Literal
+                kinds = ['x', '', get_args(f.type)[0].upper()]
+            if f.type in (bool, Optional[bool]):
+                kinds = None
+            for value in kinds or []:
+                sys.stderr = io.StringIO()
+                try:
+                    script.parse([flag, value])
+                except SystemExit as e:
+                    assert e.code == 2 and f'argument {flag}: invalid' in sys.stderr.getvalue()
+                else:
+                    raise AssertionError(f'{script.__name__} {flag} {value} was taken')
+                finally:
+                    sys.stderr = kept
+                tried += 1
+            if kinds is None:
+                sys.stderr = io.StringIO()
+                try:
+                    raises(SystemExit, ['2'], script.parse, [f'{flag}=1'])
+                finally:
+                    sys.stderr = kept
+                tried += 1
+            out_of_range = {int: ['-1'], float: ['-1', 'nan', 'inf', '-inf']}.get(f.type, [])
+            if f.name == 'no_eos_reward':
+                out_of_range = ['nan', 'inf']
+            for value in out_of_range:
+                number = f.type(value)
+                raises(ValueError, [f'{flag} {number}', 'give'], script.parse, [f'{flag}={value}'])
+                tried += 1
+    print(f'{tried} values of flags refused')
+    assert tried > 400
 
 
 def test_offline_is_one_sentence():
