@@ -590,15 +590,39 @@ def gathered(*tensors):
 # checkpoints: tensors and plain values only
 
 
+def lock_folder(folder):
+    """An open file that locks a folder while it lives, with its process; ValueError if one does."""
+    try:
+        import fcntl
+    except ImportError:                              # Windows
+        return None
+    lock = open(folder / 'lock', 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'--out_dir {folder} is in use by another run: give another') from None
+    return lock
+
+
 def save_checkpoint(path, state):
-    """Writes a temporary file, flushes it to disk, renames it: a crash leaves the old one whole."""
+    """
+    Writes a temporary file, flushes it to disk, renames it: a crash leaves the old one whole.
+
+    raises  OSError, one sentence, for a full disk and the like
+    """
     path = Path(path)
     part = path.with_name(path.name + '.part')
-    with open(part, 'wb') as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:             # torch turns some of the first into the second
+        part.unlink(missing_ok=True)
+        reason = str(e).splitlines()[0]
+        raise OSError(f'{path} could not be written ({reason}): the one before it is whole, make '
+                      'room and --resume') from e
 
 
 def load_checkpoint(path):

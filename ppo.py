@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data
 from model import (GPT, Discriminator, GPTConfig, carry, from_ranks, gathered, join_ranks,
-                   linear_in_float32, load_checkpoint, my_share, over_ranks, ranks,
+                   linear_in_float32, load_checkpoint, lock_folder, my_share, over_ranks, ranks,
                    save_checkpoint, sum_gradients)
 
 # -----------------------------------------------------------------------------
@@ -660,7 +660,8 @@ def control_steps(reference, train_set, cfg):
 
 
 def prepare(cfg):
-    """Joins the ranks, resolves device, dtype and compile, makes out_dir; overwrites no run."""
+    """Joins the ranks, resolves device, dtype and compile, makes out_dir, unless it holds a run;
+    returns it, and its lock, which holds as long as it is kept."""
     if cfg.device == 'auto':
         cfg.device = ('cuda' if torch.cuda.is_available() else
                       'mps' if torch.backends.mps.is_available() else 'cpu')
@@ -684,17 +685,18 @@ def prepare(cfg):
     if rank:                                         # rank 0 writes and prints for all
         sys.stdout = open(os.devnull, 'w')
         over_ranks(0)
-        return out
+        return out, None
     old = [name for name in ('ckpt.pt', 'sft.pt', 'metrics.jsonl') if (out / name).exists()]
     if old and not (cfg.resume or cfg.overwrite):
         raise ValueError(f'--out_dir {out} holds a run ({old[0]}): give --resume, --overwrite or '
                          'another --out_dir')
     out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out)
     if cfg.overwrite:
         for name in old:
             (out / name).unlink()
     over_ranks(0)                                    # the others wait for the folder
-    return out
+    return out, lock
 
 
 def load_data(cfg):
@@ -878,10 +880,10 @@ def train(cfg, caught=()):
 
     caught   a list that a signal handler fills; once it is not empty, train saves and returns None
     returns  dict: the final figures of `warm start` and `tuned`, or `more MLE`; None but on rank 0
-    raises   ValueError, FileNotFoundError, FloatingPointError: one sentence for the user
+    raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
-    out = prepare(cfg)
+    out, lock = prepare(cfg)
     rank, n_ranks = ranks()
     torch.manual_seed(cfg.seed)
     # data
@@ -1046,7 +1048,7 @@ def main(argv=None):
     caught = catch_signals()
     try:
         train(parse(argv), caught)
-    except (ValueError, FileNotFoundError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         sys.exit(str(e))
     except torch.OutOfMemoryError:
         peak = torch.cuda.max_memory_allocated() / 2 ** 30

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -326,6 +327,16 @@ def test_a_save_that_fails_leaves_the_old_checkpoint():
 
     raises(OSError, ['disk full'], save_checkpoint, path, {'x': Unsavable()})
     assert load_checkpoint(path) == {'x': 1}
+    sizes = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50000, sizes[1]))             # as a full disk does
+    try:
+        raises(OSError, [str(path), 'could not be written', 'whole', '--resume'], save_checkpoint,
+               path, {'x': torch.zeros(100000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert load_checkpoint(path) == {'x': 1} and os.listdir(path.parent) == ['ckpt.pt']
 
 
 # -----------------------------------------------------------------------------
@@ -1801,6 +1812,35 @@ def test_variants_run():
         assert math.isfinite(result['tuned']['f1']), flags
 
 
+def test_extreme_settings_run():
+    """One of everything, nothing learned, every answer a tie or without eos, none answerable."""
+    one = ['--batch_size', '1', '--sft_batch_size', '1', '--samples', '1', '--d_samples', '1']
+    still = ['--lr', '0', '--d_lr', '0', '--sft_lr', '0']
+    kept = data.toy_examples
+    for name, flags in (('plain', one + still), ('plain', ['--max_prompt', '1', '--max_response',
+                                                           '1', *one]),
+                        ('unanswerable', ['--sft_iters', '80', '--sft_lr', '.02']),
+                        ('endless', ['--max_response', '2', *still])):
+        def examples(split, n=None, name=name):
+            rows = kept(split, 60)
+            if name == 'unanswerable':
+                return [{**e, 'answers': [], 'start': -1} for e in rows]
+            return [{**e, 'answers': [e['context']]} for e in rows] if name == 'endless' else rows
+
+        data.toy_examples = examples
+        try:
+            for script in SCRIPTS:
+                more = {'ppo': ['--minibatch', '1' if flags[0] == '--batch_size' or '--samples' in
+                                flags else '8'], 'reinforce': ['--baseline', 'mean']}
+                result = train(script, folder('extreme'), *SMALL, *flags,
+                               *more.get(script.__name__, []))
+                assert math.isfinite(result['tuned']['f1'])
+                if name == 'unanswerable':           # all ties in the end
+                    assert result['tuned']['em'] == 100 and result['tuned']['d_acc'] == .5
+        finally:
+            data.toy_examples = kept
+
+
 def test_control_spends_the_time_of_a_run_on_mle():
     run, out = folder('run'), folder('control')
     lines = [{'config': {}}, {'iter': 0, 'dev': {}}, {'iter': 1, 'seconds': {'rollout': .1}},
@@ -1979,6 +2019,30 @@ def test_out_of_gpu_memory_is_one_sentence():
         reinforce.train = kept
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
             signal.signal(number, handler)
+
+
+def test_folders_that_are_taken_gone_or_oddly_named():
+    out = folder('ünï cödé 你好') / 'a run'
+    flags = [*SMALL, '--iters', '1', '--eval_interval', '1']
+    _, lock = reinforce.prepare(reinforce.parse([*flags, '--out_dir', str(out)]))
+    raises(ValueError, [str(out), 'in use'], train, gumbel, out, *flags)
+    lock.close()
+    assert train(gumbel, out, *flags)['tuned']['f1'] >= 0
+    assert GPT.from_pretrained(out / 'ckpt.pt').config.n_layer == 1
+    file = out / 'metrics.jsonl'
+    err = command('reinforce.py', *SMALL, '--out_dir', file / 'below', expect=1).stderr.strip()
+    assert '\n' not in err and 'metrics.jsonl' in err, err
+    gone, kept = folder('vanishing'), reinforce.health
+
+    def vanish(*a):
+        shutil.rmtree(gone)
+        return kept(*a)
+
+    reinforce.health = vanish
+    try:
+        raises(OSError, [str(gone)], train, reinforce, gone, *SMALL)
+    finally:
+        reinforce.health = kept
 
 
 def test_a_signal_saves_and_exits():
