@@ -358,7 +358,8 @@ class GPT(nn.Module):
     def load_strictly(self, weights, source):
         """Copies a dict of tensors in; a missing, extra or misshapen one is a ValueError."""
         own = dict(self.named_parameters())
-        missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        missing, extra = (sorted(ascii(k)[1:-1] for k in z) for z in (
+            own.keys() - weights.keys(), weights.keys() - own.keys()))
         wrong = [f'{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}'
                  for k in own.keys() & weights.keys() if weights[k].shape != own[k].shape]
         for what, names in ('lacks', missing), ('has unknown', extra), ('has misshapen', wrong):
@@ -495,7 +496,7 @@ def read_openai(path):
         name = name.removeprefix('transformer.')
         if name.endswith(('.attn.bias', '.attn.masked_bias')):               # the causal mask
             continue
-        weights[name] = tensor.t() if is_conv1d(name) else tensor
+        weights[name] = tensor.t() if is_conv1d(name) and tensor.dim() == 2 else tensor
     head = weights.pop('lm_head.weight', None)
     wte = weights.get('wte.weight')
     if head is not None and wte is not None and not torch.equal(head, wte):
@@ -508,6 +509,8 @@ def infer_config(weights, settings, path):
     for name in 'wte.weight', 'wpe.weight':
         if name not in weights:
             raise ValueError(f'{path} lacks {name}: not a GPT-2')
+        if weights[name].dim() != 2:
+            raise ValueError(f'{path} has {name} of {weights[name].dim()} dimensions: not a GPT-2')
     fixed = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
              'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False}
     for key, value in fixed.items():
