@@ -277,18 +277,27 @@ def judge(generator, base, split, enc, temperature, args):
     return figures
 
 
+def of_all(f):
+    """Share of all pairs that the fresh discriminator gets right, an equal one counting half."""
+    ties = f['fresh']['ties'] / f['prompts']
+    return .5 * ties + f['fresh']['accuracy'] * (1 - ties)
+
+
 COLUMNS = {  # header: format, value of the figures
     'EM': ('.1f', lambda f: f['em']), 'F1': ('.1f', lambda f: f['f1']),
     'HasAns F1': ('.1f', lambda f: f.get('has_f1', math.nan)),
     'NoAns F1': ('.1f', lambda f: f.get('no_f1', math.nan)),
     'F1 sampled': ('.1f', lambda f: f['sample_f1']),
     'told apart %': ('.1f', lambda f: 100 * f['fresh']['accuracy']),
+    'of all %': ('.1f', lambda f: 100 * of_all(f)),
     'by length %': ('.1f', lambda f: 100 * f['fresh']['length_accuracy']),
     'ties %': ('.1f', lambda f: 100 * f['fresh']['ties'] / f['prompts']),
     'distinct-2': ('.3f', lambda f: f['distinct2']), 'run': ('.0f', lambda f: f['longest_run']),
     'length': ('.2f', lambda f: f['length']),
     'length dist.': ('.3f', lambda f: f['length_distance']),
     'KL': ('.3f', lambda f: f['kl']), 'perplexity': ('.2f', lambda f: f['perplexity'])}
+IN_TABLE = ['EM', 'F1', 'F1 sampled', 'told apart %', 'of all %', 'ties %', 'distinct-2',
+            'length dist.', 'KL']
 
 
 def evaluate(args):
@@ -341,7 +350,7 @@ def table(args):
                 raise FileNotFoundError(f'{path} not found: --evaluate writes it') from None
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(f'{path} holds no results: give what --evaluate wrote') from e
-            found = {label: {k: (spec, v(f)) for k, (spec, v) in COLUMNS.items()}
+            found = {label: {k: (COLUMNS[k][0], COLUMNS[k][1](f)) for k in IN_TABLE}
                      for label, f in found.items()}
         else:
             found = {re.sub(r'-\d+$', '', Path(name).stem) if name == path else name:
