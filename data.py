@@ -32,14 +32,14 @@ def load_examples(data, split, n=None):
     One split as a list of dicts: id, context, question, answers (texts, [] where unanswerable),
     start (character of the first answer in the context, -1 where unanswerable).
 
-    data    squad_v2, toy, or a directory with train-v2.0.json and dev-v2.0.json
+    data    squad_v2, toy, toy-varied, or a directory with train-v2.0.json and dev-v2.0.json
     split   train or dev
     n       at most so many, evenly spread over the split; the toy set makes as many as are asked
             for, beginning with the same ones
     raises  FileNotFoundError, ValueError naming the file and, where it is one record's, its id
     """
-    if data == 'toy':
-        return toy_examples(split, n)
+    if data in ('toy', 'toy-varied'):
+        return toy_examples(split, n, varied=data == 'toy-varied')
     examples = squad_examples(data, split)
     return examples[::max(1, len(examples) // (n or len(examples)))][:n]
 
@@ -127,13 +127,19 @@ YEARS = [str(y) for y in range(1901, 1931)]
 WORDS = (FIRST + LAST + VERBS + LOOKS + STUFF + THINGS + CITIES + MONTHS + YEARS
          + 'In the in . Who What Where When was it by did do ?'.split() + [UNANSWERABLE])
 TOY_SIZE = {'train': 8000, 'dev': 500}
+SPANS = {'who': ['{0} {1}', '{1}', '{0}'], 'where': ['{0}', 'in {0}'],
+         'what': ['{0} {1} {2} {3}', '{3}', '{2} {3}', '{1} {2} {3}'],
+         'when': ['{0} {1}', '{1}', '{0}', 'In {0} {1}']}
 
 
-def toy_examples(split, size=None):
+def toy_examples(split, size=None, varied=False):
     """
     Like `load_examples`. A context tells one fact, most of the time without its author, place or
     date; a question on what is left out is unanswerable. Train and dev share no fact, and a split
     is the same on every call.
+
+    varied   answers vary, as those of several annotators do: the first is one of the SPANS that
+             answer, number k of them drawn in proportion to 1/k, and the rest follow it
     """
     rng = np.random.default_rng(['train', 'dev'].index(split))
 
@@ -173,6 +179,11 @@ def toy_examples(split, size=None):
             kind = pick([k for k in ('who', 'what', 'where', 'when')
                          if k != without and (k, without) != ('what', 'who')])
             answers = [f[kind]]
+            if varied:
+                answers = [span.format(*f[kind].split()) for span in SPANS[kind]]
+                share = 1 / np.arange(1, len(answers) + 1)
+                first = rng.choice(len(answers), p=share / share.sum())
+                answers.insert(0, answers.pop(first))
         context = tell(f, without)
         examples.append({'id': f'toy-{split}-{i}', 'context': context, 'question': ask(kind, f),
                          'answers': answers, 'start': context.index(answers[0]) if answers else -1})
@@ -180,8 +191,8 @@ def toy_examples(split, size=None):
 
 
 def load_tokenizer(data):
-    """GPT-2's BPE, or for the toy set its words as whole tokens over the 256 bytes."""
-    if data == 'toy':
+    """GPT-2's BPE, or for the toy sets their words as whole tokens over the 256 bytes."""
+    if data in ('toy', 'toy-varied'):
         pieces = ['[CONTEXT]', '[QUESTION]', '\n[QUESTION]', '\n[ANSWER]']
         pieces += [' ' + word for word in WORDS]
         ranks = {bytes([i]): i for i in range(256)}

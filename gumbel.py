@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 import data
 from model import (GPT, Discriminator, GPTConfig, carry, from_ranks, gathered, join_ranks,
-                   load_checkpoint, lock_folder, my_share, over_ranks, ranks, save_checkpoint,
-                   sum_gradients)
+                   keep_freed_memory, load_checkpoint, lock_folder, my_share, over_ranks, ranks,
+                   save_checkpoint, sum_gradients)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -59,7 +59,7 @@ class Config:
     eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
-    data: str = 'squad_v2'           # squad_v2 (hub), toy, or a directory of official files
+    data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of official files
     context: bool = True             # put the passage into the prompt; the poster did not
     max_prompt: int = 256            # P, tokens
     max_response: int = 32           # R, tokens, with <|endoftext|>
@@ -76,6 +76,7 @@ class Config:
     iters: int = 1000                # rollouts
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, responses to each prompt
+    temperature: float = 1.0         # divides the logits of a rollout and of the policy learned
     micro_batch: int = 64            # responses of one backward pass; lower it to save memory
     grad_clip: float = 1.0           # largest gradient norm, of each network
     beta: float = 0.02               # weight of the KL from the warm start, per nat
@@ -110,7 +111,7 @@ TINY = dict(
 
 
 SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout'.split()                 # lie in [0, 1]
-ABOVE_0 = ['grad_clip']                                                      # may not be 0
+ABOVE_0 = 'grad_clip temperature'.split()                                    # may not be 0
 
 
 def parse(argv=None):
@@ -280,10 +281,11 @@ def autocast(cfg):
 
 @torch.no_grad()
 def rollout(generator, batch, eos, rng, cfg):
-    """K samples of each prompt, at temperature 1 over the full vocabulary, and their noise."""
+    """K samples of each prompt, over the full vocabulary, and their noise."""
     with autocast(cfg):
         response, mask, noise = generator.generate(batch.prompt, batch.pad, cfg.max_response, eos,
-                                                   samples=cfg.samples, rng=rng, keep_noise=True)
+                                                   samples=cfg.samples, temperature=cfg.temperature,
+                                                   rng=rng, keep_noise=True)
     prompt, pad = (z.repeat_interleave(cfg.samples, 0) for z in (batch.prompt, batch.pad))
     return Rollout(prompt, pad, response, mask, ((response == eos) & mask).any(1), noise)
 
@@ -300,15 +302,17 @@ def encode(generator, prompt, pad, response, mask, tau, rng, soft, cfg):
         onehots = torch.zeros(*response.shape, generator.config.vocab_size, device=response.device)
         return onehots.scatter_(-1, response[..., None], 1.0)
     with autocast(cfg):
-        logits = response_logits(generator, prompt, response, pad)
+        logits = response_logits(generator, prompt, response, pad, cfg)
     noise = conditional_noise(logits, response, rng)
     return relax(logits, noise, response, mask, tau, hard=False)
 
 
-def response_logits(network, prompt, response, pad):
-    """Logits (B, R, V) of responses (B, R) to prompts (B, P), in one parallel pass."""
+def response_logits(network, prompt, response, pad, cfg):
+    """Logits (B, R, V) of responses (B, R) to prompts (B, P) over the temperature, in one parallel
+    pass."""
     tokens = torch.cat((prompt, response[:, :-1]), 1)
-    return network.head(network.hidden(network.embed(tokens), pad)[:, prompt.size(1) - 1:])
+    x = network.hidden(network.embed(tokens), pad)[:, prompt.size(1) - 1:]
+    return network.head(x / cfg.temperature)
 
 
 @torch.no_grad()
@@ -388,7 +392,7 @@ def update(network, optimizer, lr, cfg):
 
 def adamw(network, cfg):
     return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-5,
-                             weight_decay=0.0, fused=cfg.device.startswith('cuda'))
+                             weight_decay=0.0, fused=cfg.device != 'mps')
 
 
 def schedule(step, steps, updates, warmup):
@@ -513,9 +517,9 @@ def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anc
         gold = data.Batch(*(z[rows // cfg.samples] for z in batch))
         encoded = encode(generator, *gold, tau, rng, cfg.encoding == 'soft', cfg)
         with autocast(cfg):
-            logits = response_logits(generator, r.prompt, r.response, r.pad)
+            logits = response_logits(generator, r.prompt, r.response, r.pad, cfg)
             with torch.no_grad():
-                ref_logits = response_logits(reference, r.prompt, r.response, r.pad)
+                ref_logits = response_logits(reference, r.prompt, r.response, r.pad, cfg)
                 real = carry(discriminator(gold.prompt, encoded, gold.pad), gold.mask)
         z = relax(logits, r.noise, r.response, r.mask, tau, cfg.encoding == 'hard')
         shown = z.detach().requires_grad_()          # the discriminator's weights get no gradient
@@ -535,7 +539,7 @@ def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anc
         else:
             z.backward(grad)
         sums += torch.stack((loss, kl.sum(), entropy.sum(), r.mask.sum())).detach()
-    with autocast(cfg):
+    with autocast(cfg), torch.set_grad_enabled(anchor > 0):
         mle = mle_loss(generator, batch, over_ranks(batch.mask.sum()))
     if anchor:
         (anchor * mle).backward()
@@ -593,9 +597,10 @@ def prepare(cfg):
     cuda = cfg.device.startswith('cuda')
     cfg.dtype = ('bfloat16' if cuda else 'float32') if cfg.dtype == 'auto' else cfg.dtype
     cfg.compile = cuda if cfg.compile is None else cfg.compile
+    keep_freed_memory()
     torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
     # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
-    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.cache_size_limit = 32     # recompile_limit since torch 2.7
     rank, n_ranks = ranks()
     for name in 'batch_size', 'sft_batch_size', 'minibatch', 'pretrain_batch_size':
         if getattr(cfg, name, 0) % n_ranks:

@@ -12,6 +12,7 @@ tokens on the left; positions count real tokens only. What stands right of <|end
 mask in here: attention is causal.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -72,7 +73,7 @@ class Attention(nn.Module):
                 rows = buffer.unflatten(0, (B, -1))
                 rows.index_copy_(3, columns, z[:, None].to(rows.dtype).expand(
                     -1, rows.size(1), -1, -1, -1))
-            if mask.size(-1) > T:                                        # decoding, not prefill
+            if mask is not None and mask.size(-1) > T:                   # decoding, not prefill
                 k, v = cache
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -164,9 +165,12 @@ class GPT(nn.Module):
         if pad is not None:
             positions = (columns - pad[:, None]).clamp(min=0)                # (B, T)
             keys = columns if slot is None else torch.arange(cache.size(4), device=x.device)
-            # the diagonal too: a padding query sees no key, and a softmax over nothing is NaN
-            mask = (keys >= pad[:, None])[:, None] & (keys <= columns[:, None])
-            mask = (mask | (keys == columns[:, None]))[:, None]              # (B, 1, T, keys)
+            # rows without padding take plain causal attention, which is faster; not on a GPU, where
+            # the host would wait to know, nor compiled, where there would be two graphs
+            if slot is not None or self.compiled or pad.is_cuda or (pad > first).any():
+                # the diagonal too: a padding query sees no key, and a softmax over nothing is NaN
+                mask = (keys >= pad[:, None])[:, None] & (keys <= columns[:, None])
+                mask = (mask | (keys == columns[:, None]))[:, None]          # (B, 1, T, keys)
         x = self.dropout(x + self.wpe(positions))
         for i, block in enumerate(self.h):
             x = block(x, mask, None if cache is None else cache[:, i], columns)
@@ -180,7 +184,7 @@ class GPT(nn.Module):
         """Logits (B, T, V) of ids or one-hots; for training use `logprobs`, which holds fewer."""
         return self.head(self.hidden(self.embed(tokens), pad))
 
-    def logprobs(self, tokens, pad=None, start=1):
+    def logprobs(self, tokens, pad=None, start=1, temperature=1.0):
         """
         Log-probabilities of tokens[:, start:], each given all that stands to its left.
 
@@ -190,6 +194,7 @@ class GPT(nn.Module):
         tokens    (B, T) ids
         pad       (B,) padding tokens at the left of each row; None for none
         start     first column wanted, P for the response alone
+        temperature  divides the logits
         returns   logprobs (B, T - start) in nats, with gradient,
                   entropy (B, T - start) of the predicting distribution in nats, no gradient
         """
@@ -199,15 +204,16 @@ class GPT(nn.Module):
         rows = max(1, HEAD_CHUNK // self.config.vocab_size)
         parts = list(zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows)))
         if len(parts) > 1 and torch.is_grad_enabled():
-            out = [checkpoint(self.chunk_logprobs, *part, use_reentrant=False) for part in parts]
+            out = [checkpoint(self.chunk_logprobs, *part, temperature, use_reentrant=False)
+                   for part in parts]
         else:
-            out = [self.chunk_logprobs(*part) for part in parts]
+            out = [self.chunk_logprobs(*part, temperature) for part in parts]
         logprobs, entropy = (torch.cat(z).view(targets.shape) for z in zip(*out))
         return logprobs, entropy
 
-    def chunk_logprobs(self, x, targets):
+    def chunk_logprobs(self, x, targets, temperature):
         """Log-probabilities and entropies (N,) of targets (N,) under trunk outputs (N, C)."""
-        logits = self.head(x)                                                # (N, V)
+        logits = self.head(x / temperature)                                  # (N, V)
         logprobs = -F.cross_entropy(logits, targets, reduction='none')
         with torch.no_grad():
             logp = F.log_softmax(logits, dim=-1)
@@ -257,16 +263,15 @@ class GPT(nn.Module):
         mask = torch.zeros((N, max_response), dtype=torch.bool, device=device)
         alive = torch.ones(N, dtype=torch.bool, device=device)
         for t in range(max_response):
-            logits = self.head(x)                                            # (n, V)
+            logits = self.head(x / temperature if temperature > 0 else x)    # (n, V)
             if temperature > 0:
-                logits = logits / temperature
                 if top_k is not None and top_k < logits.size(-1):
                     least = logits.topk(top_k).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
                 # -log(Exponential(1)) is Gumbel(0, 1); the floor keeps log(0) out. Noise is drawn
                 # for all rows, so that no row's depends on when others end
                 noise = torch.empty(N, logits.size(-1), dtype=logits.dtype, device=device)
-                noise = -noise.exponential_(generator=rng).clamp_(1e-30).log_()
+                noise.exponential_(generator=rng).clamp_(1e-30).log_().neg_()
                 logits = logits + (noise if static else noise[rows])
                 if keep_noise:
                     noises.append(noise)
@@ -278,7 +283,8 @@ class GPT(nn.Module):
             if not static and 2 * alive.sum() <= len(alive):     # half of the rows are over
                 kept, cache = alive.nonzero()[:, 0], cache[:, :, alive]
                 rows, token, pad, alive = (z[kept] for z in (rows, token, pad, alive))
-            x = self.decode(token, pad, cache, torch.full((1,), P + t, device=device))
+            slot = torch.full((1,), P + t, device=device)
+            x = self.decode(token, pad, cache if static else cache[..., :P + t + 1, :], slot)
         noise = None
         if keep_noise:
             noise = torch.zeros(N, max_response, self.config.vocab_size, device=device)
@@ -587,6 +593,23 @@ def gathered(*tensors):
     """Each tensor with the rows of all ranks, in their order, on the CPU."""
     parts = from_ranks([z.cpu() for z in tensors])
     return [torch.cat(z) for z in zip(*parts)]
+
+
+# -----------------------------------------------------------------------------
+# memory of the host
+
+
+def keep_freed_memory():
+    """
+    Has glibc's malloc keep freed memory for the next large tensor instead of giving it back: on a
+    CPU, much of a step's time goes into the kernel's clearing of fresh pages. Elsewhere a no-op.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-4, 0)                                   # M_MMAP_MAX: no mappings of their own,
+    mallopt(-1, -1)                                  # M_TRIM_THRESHOLD: no giving back
 
 
 # -----------------------------------------------------------------------------

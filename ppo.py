@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import data
 from model import (GPT, Discriminator, GPTConfig, carry, from_ranks, gathered, join_ranks,
-                   linear_in_float32, load_checkpoint, lock_folder, my_share, over_ranks, ranks,
-                   save_checkpoint, sum_gradients)
+                   keep_freed_memory, linear_in_float32, load_checkpoint, lock_folder, my_share,
+                   over_ranks, ranks, save_checkpoint, sum_gradients)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -58,7 +58,7 @@ class Config:
     eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
-    data: str = 'squad_v2'           # squad_v2 (hub), toy, or a directory of official files
+    data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of official files
     context: bool = True             # put the passage into the prompt; the poster did not
     max_prompt: int = 256            # P, tokens
     max_response: int = 32           # R, tokens, with <|endoftext|>
@@ -75,6 +75,7 @@ class Config:
     iters: int = 1000                # rollouts
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, responses to each prompt
+    temperature: float = 1.0         # divides the logits of a rollout and of the policy learned
     micro_batch: int = 64            # responses of one backward pass; lower it to save memory
     grad_clip: float = 1.0           # largest gradient norm, of each network
     beta: float = 0.02               # weight of the KL from the warm start, per nat
@@ -119,7 +120,7 @@ TINY = dict(
     eval_interval=25, minibatch=128, critic_lr=4e-3, pretrain=.7,
 )
 SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout lam'.split()             # lie in [0, 1]
-ABOVE_0 = 'grad_clip reward_clip clip value_clip approx_kl'.split()          # may not be 0
+ABOVE_0 = 'grad_clip reward_clip clip value_clip approx_kl temperature'.split()  # may not be 0
 
 
 def parse(argv=None):
@@ -324,14 +325,15 @@ def autocast(cfg):
 
 @torch.no_grad()
 def rollout(generator, reference, batch, eos, rng, cfg):
-    """K samples of each prompt, at temperature 1 over the full vocabulary, and what the reference
-    thinks of them: the policy that samples is the policy that is scored."""
+    """K samples of each prompt, over the full vocabulary, and what the reference thinks of them at
+    the same temperature: the policy that samples is the policy that is scored."""
     with autocast(cfg):
         response, mask, _ = generator.generate(batch.prompt, batch.pad, cfg.max_response, eos,
-                                               samples=cfg.samples, rng=rng)
+                                               samples=cfg.samples,
+                                               temperature=cfg.temperature, rng=rng)
         prompt, pad = (z.repeat_interleave(cfg.samples, 0) for z in (batch.prompt, batch.pad))
         tokens = torch.cat((prompt, response), 1).split(cfg.micro_batch)
-        ref_logprobs = torch.cat([reference.logprobs(t, p, prompt.size(1))[0]
+        ref_logprobs = torch.cat([reference.logprobs(t, p, prompt.size(1), cfg.temperature)[0]
                                   for t, p in zip(tokens, pad.split(cfg.micro_batch))])
     return Rollout(prompt, pad, response, mask, ((response == eos) & mask).any(1), ref_logprobs)
 
@@ -413,7 +415,7 @@ def update(network, optimizer, lr, cfg):
 
 def adamw(network, cfg):
     return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-5,
-                             weight_decay=0.0, fused=cfg.device.startswith('cuda'))
+                             weight_decay=0.0, fused=cfg.device != 'mps')
 
 
 def schedule(step, steps, updates, warmup):
@@ -527,7 +529,7 @@ def look_back(generator, critic, roll, cfg):
     tokens = torch.cat((roll.prompt, roll.response), 1)
     for t, pad in zip(tokens.split(cfg.micro_batch), roll.pad.split(cfg.micro_batch)):
         with autocast(cfg):
-            parts.append((*generator.logprobs(t, pad, P), critic(t, pad, P)))
+            parts.append((*generator.logprobs(t, pad, P, cfg.temperature), critic(t, pad, P)))
     logprobs, entropy, values = (torch.cat(z) for z in zip(*parts))
     return logprobs, values, over_ranks((entropy * roll.mask).sum()) / over_ranks(roll.mask.sum())
 
@@ -559,7 +561,7 @@ def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages,
         tokens = torch.cat((r.prompt, r.response), 1)
         gold = data.Batch(*(z[part // cfg.samples] for z in batch))
         with autocast(cfg):
-            logprobs, _ = generator.logprobs(tokens, r.pad, P)
+            logprobs, _ = generator.logprobs(tokens, r.pad, P, cfg.temperature)
             values = critic(tokens, r.pad, P)
             with torch.set_grad_enabled(anchor > 0):
                 mle = mle_loss(generator, gold, gold_tokens)
@@ -673,9 +675,10 @@ def prepare(cfg):
     cuda = cfg.device.startswith('cuda')
     cfg.dtype = ('bfloat16' if cuda else 'float32') if cfg.dtype == 'auto' else cfg.dtype
     cfg.compile = cuda if cfg.compile is None else cfg.compile
+    keep_freed_memory()
     torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
     # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
-    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.cache_size_limit = 32     # recompile_limit since torch 2.7
     rank, n_ranks = ranks()
     for name in 'batch_size', 'sft_batch_size', 'minibatch', 'pretrain_batch_size':
         if getattr(cfg, name, 0) % n_ranks:

@@ -2,6 +2,7 @@
 Everything checked, on a CPU and offline: `python test_all.py [part of a name]`, or pytest.
 """
 
+import collections
 import inspect
 import io
 import itertools
@@ -209,8 +210,8 @@ def test_cached_generation_equals_uncached():
             assert torch.equal(token, response[:, t]) and torch.equal(alive, mask[:, t])
             alive = alive & (token != eos)
             tokens = torch.cat((tokens, token[:, None]), 1)
-        logprobs, entropy = gpt.logprobs(tokens, pads, 8)
-        full = gpt(tokens, pads)[:, 7:-1].log_softmax(-1)
+        logprobs, entropy = gpt.logprobs(tokens, pads, 8, temperature or 1.0)
+        full = (gpt(tokens, pads)[:, 7:-1] / (temperature or 1)).log_softmax(-1)
         assert (logprobs - full.gather(-1, response[..., None])[..., 0]).abs().max() < 1e-5
         assert (entropy + (full.exp() * full).sum(-1)).abs().max() < 1e-5
     assert not mask.all() or alive.all()
@@ -418,6 +419,18 @@ def test_toy_set():
     cfg = reinforce.parse(['--tiny'])
     for split in (data.Split(s, enc, cfg.max_prompt, cfg.max_response) for s in (train, dev)):
         assert not split.cut_prompts and not split.cut_responses
+
+    varied = data.load_examples('toy-varied', 'train')
+    first = collections.Counter()
+    for e in varied:
+        assert len(set(e['answers'])) == len(e['answers']) != 1
+        assert all(a in e['context'] for a in e['answers'])
+        assert not e['answers'] or e['context'][e['start']:].startswith(e['answers'][0])
+        if e['question'].startswith('Where') and e['answers']:
+            first[e['answers'][0].split()[0] == 'in'] += 1
+    assert abs(first[True] / first.total() - 1 / 3) < .05, first              # 1 to 1/2
+    split = data.Split(varied, enc, cfg.max_prompt, cfg.max_response)
+    assert not split.cut_prompts and not split.cut_responses
     text = f'[CONTEXT] {dev[0]["context"]}\n[QUESTION] {dev[0]["question"]}\n[ANSWER] größer'
     assert enc.decode(enc.encode_ordinary(text)) == text
     assert len(enc.encode_ordinary(' ' + dev[0]['context'])) == len(dev[0]['context'].split())
@@ -615,6 +628,33 @@ def test_reinforce_step_takes_the_gradient_of_its_parts():
     wanted = gradient(policy, reinforce.policy_loss(logprobs, A, roll.mask) / 8
                       + .5 * reinforce.mle_loss(policy, batch))
     assert (got - wanted).abs().max() < 1e-5
+
+
+def test_the_policy_that_learns_is_the_one_that_sampled():
+    """Away from temperature 1 too: a policy is 0 nats from itself, and its log-probs are of that
+    temperature."""
+    policy = tiny_gpt(3)
+    batch = data.Batch(torch.randint(0, 12, (4, 5)), torch.tensor([0, 1, 2, 0]),
+                       torch.randint(0, 12, (4, 3)), torch.ones(4, 3).bool())
+    for script in reinforce, ppo:
+        cfg = replace(script.parse(['--tiny', '--temperature', '.5']), dtype='float32',
+                      max_response=3)
+        roll = script.rollout(policy, policy, batch, 12, torch.Generator().manual_seed(0), cfg)
+        logits = policy(torch.cat((roll.prompt, roll.response), 1), roll.pad)[:, 4:-1] / .5
+        wanted = logits.log_softmax(-1).gather(-1, roll.response[..., None])[..., 0]
+        assert (roll.ref_logprobs - wanted).abs().max() < 1e-5
+        if script is ppo:
+            critic = ppo.Critic(policy)
+            assert (ppo.look_back(policy, critic, roll, cfg)[0] - wanted).abs().max() < 1e-5
+            figures = ppo.ppo_step(policy, critic, (Keep(policy), Keep(critic)), roll,
+                                   torch.randn(8, 3) * roll.mask, batch, None, 0.,
+                                   {'beta_factor': 1., 'updates': 0}, (0., 0.),
+                                   replace(cfg, pretrain=0.))
+            assert figures['approx_kl'] < 1e-9
+        else:
+            figures = reinforce.reinforce_step(policy, Keep(policy), roll, torch.randn(8, 3), batch,
+                                               0., 0., 0., cfg)
+        assert abs(figures['kl']) < 1e-5
 
 
 def test_dense_rewards_telescope_to_the_final_one():
@@ -943,13 +983,17 @@ def test_ppo_stops_early_and_adapts_beta():
 # gumbel
 
 
-def small_rollout(dtype=torch.float32, **changes):
+AT_HALF = gumbel.Config(temperature=.5)
+
+
+def small_rollout(dtype=torch.float32, cfg=AT_HALF, **changes):
     """A generator, a discriminator whose head is not 0, and a rollout with its noise."""
     gpt, rng = tiny_gpt(**changes).to(dtype), torch.Generator().manual_seed(1)
     discriminator = Discriminator(tiny_gpt(seed=1, **changes)).to(dtype).eval()
     torch.nn.init.normal_(discriminator.score.weight)
     prompt, pad = torch.randint(0, 13, (6, 5)), torch.tensor([0, 2, 1, 0, 3, 0])
-    response, mask, noise = gpt.generate(prompt, pad, 4, 12, rng=rng, keep_noise=True)
+    response, mask, noise = gpt.generate(prompt, pad, 4, 12, temperature=cfg.temperature, rng=rng,
+                                         keep_noise=True)
     return gpt, discriminator, gumbel.Rollout(prompt, pad, response, mask, mask[:, -1], noise)
 
 
@@ -957,7 +1001,7 @@ def test_the_replayed_pass_gives_the_sampled_tokens():
     for kind, margin in (torch.float32, 0), (torch.bfloat16, .02):   # near ties may flip
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, kind == torch.bfloat16):
             gpt, _, r = small_rollout()
-            logits = gumbel.response_logits(gpt, r.prompt, r.response, r.pad)
+            logits = gumbel.response_logits(gpt, r.prompt, r.response, r.pad, AT_HALF)
         values = logits + r.noise
         lost = values.max(-1).values - values.gather(-1, r.response[..., None])[..., 0]
         assert lost[r.mask].max() <= margin, (kind, lost)
@@ -991,12 +1035,12 @@ def test_gumbel_gradient_is_that_of_the_sequential_sampler():
     columns = []
     for t in range(4):
         tokens = torch.cat((r.prompt, r.response[:, :t]), 1)
-        y = ((gpt(tokens, r.pad)[:, -1] + r.noise[:, t]) / .7).softmax(-1)
+        y = ((gpt(tokens, r.pad)[:, -1] / .5 + r.noise[:, t]) / .7).softmax(-1)
         onehot = torch.zeros_like(y).scatter(1, r.response[:, t:t + 1], 1.)
         columns.append(torch.where(r.mask[:, t:t + 1], onehot + y - y.detach(), onehot))
     wanted = gradient_of(gpt, discriminator, r, torch.stack(columns, 1))
-    z = gumbel.relax(gumbel.response_logits(gpt, r.prompt, r.response, r.pad), r.noise, r.response,
-                     r.mask, .7, hard=True)
+    z = gumbel.relax(gumbel.response_logits(gpt, r.prompt, r.response, r.pad, AT_HALF), r.noise,
+                     r.response, r.mask, .7, hard=True)
     for a, b in zip(wanted, gradient_of(gpt, discriminator, r, z)):
         assert (a - b).abs().max() < 1e-9
     assert max(a.abs().max() for a in wanted) > 1e-4
@@ -1036,13 +1080,14 @@ def test_gumbel_steps_take_the_gradient_of_their_parts():
     # noise is drawn by micro-batch, so where gold answers are relaxed there is one
     for encoding, micro in ('soft', '6'), ('hard', '4'), ('mixed', '6'):
         cfg = gumbel.parse(['--tiny', '--samples', '1', '--d_samples', '1', '--micro_batch', micro,
-                            '--grad_clip', '1e9', '--beta', '.3', '--encoding', encoding])
+                            '--grad_clip', '1e9', '--beta', '.3', '--encoding', encoding,
+                            '--temperature', '.5'])
         cfg.dtype, optimizer = 'float32', Keep(gpt)
         rngs = [torch.Generator().manual_seed(2) for _ in range(2)]
         record = gumbel.gumbel_step(gpt, reference, discriminator, optimizer, r, batch, .4, 0., .7,
                                     rngs[0], cfg)
         tokens = torch.cat((r.prompt, r.response), 1)
-        logits, ref_logits = (net(tokens, r.pad)[:, P - 1:-1] for net in (gpt, reference))
+        logits, ref_logits = (net(tokens, r.pad)[:, P - 1:-1] / .5 for net in (gpt, reference))
         soft = ((logits + r.noise) / .7).softmax(-1)
         onehots = F.one_hot(r.response, 13)
         value = onehots if encoding == 'hard' else soft.detach()
@@ -1443,6 +1488,33 @@ def long_kills_lose_nothing():
         print(f'{script.__name__}: {hits} kills, {instants} checkpoints in between')
 
 
+def long_runs_stay_as_large_as_they_are():
+    """Memory and file handles over 800 iterations of each script, 40 evaluations and curves among
+    them: matplotlib's garbage takes a dozen of those to level off."""
+    for script in SCRIPTS:
+        seen, rollout = [], script.rollout
+
+        def watched(*args, seen=seen, rollout=rollout):
+            pages = int(Path('/proc/self/statm').read_text().split()[1])
+            handles = len(os.listdir('/proc/self/fd'))
+            seen.append((pages * resource.getpagesize() / 2 ** 20, handles))
+            return rollout(*args)
+
+        script.rollout = watched
+        try:
+            script.main([*SMALL, '--iters', '800', '--eval_interval', '20', '--out_dir',
+                         str(folder('long haul')),
+                         *(['--minibatch', '8'] if script is ppo else [])])
+        finally:
+            script.rollout = rollout
+        memory, handles = np.array(seen).T
+        early, late = memory[300:400].mean(), memory[-100:].mean()
+        print(f'{script.__name__}: {early:.1f} MiB at iteration 350, {late:.1f} at the end, '
+              f'{handles[10]:.0f} and {handles[-1]:.0f} handles')
+        assert len(seen) == 800 and late - early < 8, (early, late)
+        assert len(set(handles[10:])) == 1, handles
+
+
 def test_a_number_that_is_not_finite_ends_the_run():
     """Which and when is named, the last healthy checkpoint stays and can be gone on from."""
     for script, station, at, named in (
@@ -1734,17 +1806,18 @@ def test_two_ranks_have_the_gradient_of_one():
 
 
 def whole_and_resumed(path, rank):
-    for script in reinforce, gumbel:
+    for script in SCRIPTS:
         whole, parts = path / f'whole {script.__name__}', path / f'parts {script.__name__}'
-        train(script, whole, *SMALL)
-        assert train(script, parts, *SMALL, caught=After(parts, 'reward', 2)) is None
+        flags = [*SMALL, '--minibatch', '8'] if script is ppo else SMALL
+        train(script, whole, *flags)
+        assert train(script, parts, *flags, caught=After(parts, 'reward', 2)) is None
         train(script, parts, '--resume')
 
 
 def test_a_resumed_run_on_two_ranks_equals_an_uninterrupted_one():
     path = folder('two ranks')
     on_ranks('whole_and_resumed', path, 2)
-    for name in 'reinforce', 'gumbel':
+    for name in 'reinforce', 'ppo', 'gumbel':
         whole, parts = path / f'whole {name}', path / f'parts {name}'
         assert records(whole) == records(parts) and records(whole)[-1].keys() == {'final'}
         a, b = (load_checkpoint(out / 'ckpt.pt') for out in (whole, parts))
@@ -1756,12 +1829,17 @@ def test_a_resumed_run_on_two_ranks_equals_an_uninterrupted_one():
                'whole reinforce', '--resume')
 
 
+def torchrun(script, out, *flags):
+    """The process that starts two ranks of a script."""
+    return subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+         script.__file__, *SMALL, *flags, '--out_dir', out],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def test_torchrun_trains_and_a_signal_ends_it():
     out = folder('torchrun')
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-         HERE / 'reinforce.py', *SMALL, '--iters', '100000', '--out_dir', out],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = torchrun(reinforce, out, '--iters', '100000')
     while process.poll() is None and not After(out, 'reward', 3):
         time.sleep(.05)
     process.send_signal(signal.SIGTERM)
@@ -1769,6 +1847,37 @@ def test_torchrun_trains_and_a_signal_ends_it():
     rows = [r for r in records(out) if 'reward' in r]
     assert load_checkpoint(out / 'ckpt.pt')['iter'] == rows[-1]['iter'] + 1, err[-2000:]
     assert text.count('train: ') == 1                # rank 0 speaks for all
+
+
+def long_ranks_end_together_and_resume():
+    """A rank that is killed ends the other, SIGTERM has both save, none hangs; after 2 of each at
+    random instants a run ends as one left alone."""
+    rng, n = np.random.default_rng(0), '30'
+    for script in SCRIPTS:
+        flags = ['--iters', n, *(['--minibatch', '8'] if script is ppo else [])]
+        whole, parts = (folder(f'{name} ranks {script.__name__}') for name in ('whole', 'parts'))
+        _, err = torchrun(script, whole, *flags).communicate(timeout=200)
+        assert records(whole)[-1].keys() == {'final'}, err[-2000:]
+        for turn, number in enumerate((signal.SIGKILL, signal.SIGTERM) * 2):
+            process = torchrun(script, parts, *flags, '--resume' if turn else '--overwrite')
+            until = After(parts, 'mle', 4 + 6 * turn + int(rng.integers(6)))
+            while process.poll() is None and not until:
+                time.sleep(.02)
+            assert process.poll() is None, process.communicate()
+            family = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+            ranks = [pid for pid in map(int, family)
+                     if script.__file__ in Path(f'/proc/{pid}/cmdline').read_text()]
+            assert len(ranks) == 2, family
+            os.kill(ranks[turn // 2] if number == signal.SIGKILL else process.pid, number)
+            _, err = process.communicate(timeout=60)
+            assert process.returncode and all(load_checkpoint(f) for f in parts.glob('*.pt'))
+            assert not any(Path(f'/proc/{pid}').exists() for pid in ranks), err[-2000:]
+        _, err = torchrun(script, parts, *flags, '--resume').communicate(timeout=200)
+        assert records(parts) == records(whole), err[-2000:]
+        a, b = (load_checkpoint(out / 'ckpt.pt') for out in (whole, parts))
+        for saved in a, b:
+            saved['settings'].pop('out_dir')
+        assert same(a, b)
 
 
 def frozen_parts_hold_nothing(script, station, *more):
@@ -1821,7 +1930,7 @@ def test_extreme_settings_run():
                                                            '1', *one]),
                         ('unanswerable', ['--sft_iters', '80', '--sft_lr', '.02']),
                         ('endless', ['--max_response', '2', *still])):
-        def examples(split, n=None, name=name):
+        def examples(split, n=None, varied=False, name=name):
             rows = kept(split, 60)
             if name == 'unanswerable':
                 return [{**e, 'answers': [], 'start': -1} for e in rows]
@@ -1869,15 +1978,23 @@ def test_control_spends_the_time_of_a_run_on_mle():
 def compiled_equals_eager(script, *more):
     if not shutil.which('g++'):
         raise unittest.SkipTest('torch.compile needs g++ on CPU')
-    figures = []
+    figures, graphs, rollout = [], [], script.rollout
+
+    def counted(*args):
+        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+        return rollout(*args)
+
     for flag in '--no-compile', '--compile':
-        out = folder(f'compiled {script.__name__}')
+        out, script.rollout = folder(f'compiled {script.__name__}'), counted
         # evaluation and rollout in batches of one size: a graph for each costs seconds
-        train(script, out, *SMALL, '--d_dropout', '0', flag, '--sft_iters', '1', '--iters', '3',
-              '--eval_prompts', '8', '--eval_interval', '3', '--d_warmup_iters', '0',
+        train(script, out, *SMALL, '--d_dropout', '0', flag, '--sft_iters', '1', '--iters', '5',
+              '--eval_prompts', '8', '--eval_interval', '5', '--d_warmup_iters', '0',
               '--samples', '1', '--d_samples', '1', *more)
+        script.rollout = rollout
         figures.append([r for r in records(out) if 'g_loss' in r])
-    assert len(figures[0]) >= 2
+    assert len(figures[0]) >= 4
+    start, first, second, *later = graphs[5:]        # of the compiled run, before each iteration
+    assert second > start and all(n == second for n in later), graphs
     for a, b in zip(*figures):
         for key in 'g_norm', 'kl', 'entropy', 'reward', 'd_loss', 'mle', 'v_loss', 'pretrain':
             if key in a:
