@@ -4,13 +4,16 @@ Speed, side by side in one run: contestants take turns, medians are compared, on
 $ python bench.py                             rollouts, a train step, an iteration of each script
 $ python bench.py --only rollout --dtype bfloat16 --batch 32 --json speed.json
 
-The model is a GPT-2 of random weights, 124M parameters unless told otherwise; the peer is the same
-weights in `transformers`, left out where that is not installed. A tilted bias makes <|endoftext|>
-as likely at each token as --mean_length says, for the ragged rollout; elsewhere it never comes.
+The model is a GPT-2 of random weights, 124M parameters unless told otherwise; the peers are the
+same weights in `transformers` and in TRL's RLOO trainer, left out where those are not installed. A
+tilted bias makes <|endoftext|> as likely at each token as --mean_length says, for the ragged
+rollout; elsewhere it never comes. Ours runs with the allocator as our scripts set it, the peers
+with glibc's own settings.
 """
 
 import argparse
 import copy
+import ctypes
 import json
 import os
 import resource
@@ -25,9 +28,31 @@ import data
 import gumbel
 import ppo
 import reinforce
-from model import GPT, Discriminator, GPTConfig
+from model import GPT, Discriminator, GPTConfig, keep_freed_memory
 
 EOS = 50256
+
+
+def give_memory_back():
+    """Undoes `keep_freed_memory`: glibc's thresholds where they end up by themselves."""
+    try:
+        libc = ctypes.CDLL(None)
+        settings = (-4, 65536), (-3, 2 ** 25), (-1, 2 ** 26)     # mappings, their size, trimming
+        for parameter, value in settings:
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass
+
+
+def timed(name, run, args):
+    """Seconds of one turn."""
+    keep_freed_memory() if name == 'ours' else give_memory_back()
+    start = time.perf_counter()
+    run()
+    if args.device.startswith('cuda'):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def race(contestants, args):
@@ -36,13 +61,8 @@ def race(contestants, args):
     for turn in range(args.repeats + 1):
         for name, run in contestants.items():
             torch.manual_seed(turn)
-            start = time.perf_counter()
-            run()
-            if args.device.startswith('cuda'):
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(s)) for name, s in seconds.items()}
+            seconds[name].append(timed(name, run, args))
+    return {name: float(np.median(s[1:])) for name, s in seconds.items()}
 
 
 def report(title, seconds, found, tokens=None):
@@ -232,10 +252,74 @@ def bench_iterations(gpt, args, found):
         print(f'{title}: ' + ', '.join(f'{k} {s:.2f} s' for k, s in stations.items()), flush=True)
 
 
+def bench_trl(gpt, args, found):
+    """
+    An iteration of REINFORCE, but for its discriminator, beside one of TRL's RLOO: K samples of
+    each prompt, what the reference thinks of them, an update. Rewards cost neither anything.
+    """
+    try:
+        os.environ |= {'TRANSFORMERS_VERBOSITY': 'error', 'HF_HUB_OFFLINE': '1'}
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
+        from trl import RLOOConfig, RLOOTrainer
+    except ImportError:
+        print('TRL is not installed: left out')
+        return
+    cfg = config(reinforce, args)
+    N = cfg.batch_size * cfg.samples
+    ids, pad = prompts(cfg.batch_size, args, False)
+    gold = torch.randint(0, 50000, (cfg.batch_size, args.response), device=args.device)
+    batch = data.Batch(ids, pad, gold, torch.ones_like(gold).bool())
+    generator, reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
+    optimizer, rng = reinforce.adamw(generator, cfg), torch.Generator(args.device)
+
+    def ours():
+        roll = reinforce.rollout(generator, reference, batch, EOS + 1, rng, cfg)
+        rewards = torch.rand(N, args.response, device=args.device)
+        reinforce.reinforce_step(generator, optimizer, roll, rewards, batch, 0., 0., 1e-6, cfg)
+
+    seconds = {'ours': [], "TRL's RLOO": []}
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            give_memory_back()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            if args.device.startswith('cuda'):
+                torch.cuda.synchronize()
+            seconds["TRL's RLOO"].append(time.perf_counter() - self.start)
+            seconds['ours'].append(timed('ours', ours, args))
+
+    words = Tokenizer(models.WordLevel({f'w{i}': i for i in range(EOS + 1)}, unk_token='w0'))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    end = f'w{EOS}'
+    words = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end,
+                                    padding_side='left')
+    texts = [' '.join(f'w{i}' for i in row) for row in ids.tolist()] * (args.repeats + 2)
+    with tempfile.TemporaryDirectory() as folder:
+        gpt.save_pretrained(folder)
+        settings = RLOOConfig(
+            output_dir=folder, report_to=[], save_strategy='no', disable_tqdm=True,
+            logging_steps=99, use_cpu=args.device == 'cpu', bf16=args.dtype == 'bfloat16',
+            gradient_checkpointing=False, per_device_train_batch_size=N, learning_rate=1e-6,
+            max_steps=args.repeats + 1, num_generations=cfg.samples, beta=cfg.beta, temperature=1.0,
+            top_k=0, max_completion_length=args.response,
+            generation_kwargs={'min_new_tokens': args.response})
+        RLOOTrainer(GPT2LMHeadModel.from_pretrained(folder), args=settings,
+                    reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
+                    train_dataset=Dataset.from_dict({'prompt': texts}), processing_class=words,
+                    callbacks=[Turns()]).train()
+    report(f'iteration {args.dtype}, {cfg.batch_size} x {cfg.samples} x ({args.prompt} + '
+           f'{args.response})', {n: float(np.median(s[1:])) for n, s in seconds.items()}, found)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    stations = {'rollout': bench_rollout, 'train': bench_train, 'iterations': bench_iterations}
+    stations = {'rollout': bench_rollout, 'train': bench_train, 'iterations': bench_iterations,
+                'trl': bench_trl}
     parser.add_argument('--only', nargs='+', choices=stations, default=list(stations))
     parser.add_argument('--batch', type=int, nargs='+', default=[16, 32], help='responses (16 32)')
     parser.add_argument('--samples', type=int, default=4, help='K (4)')
