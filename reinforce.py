@@ -56,7 +56,7 @@ class Config:
     eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
-    data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of official files
+    data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
     context: bool = True             # put the passage into the prompt; the poster did not
     max_prompt: int = 256            # P, tokens
     max_response: int = 32           # R, tokens, with <|endoftext|>
