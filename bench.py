@@ -31,6 +31,8 @@ import reinforce
 from model import GPT, Discriminator, GPTConfig, keep_freed_memory
 
 EOS = 50256
+# the makers' figures: TFLOP/s in dense bfloat16, GB/s of memory
+PEAKS = {'H100': (989, 3350), 'H200': (989, 4800), 'A100': (312, 2039)}
 
 
 def give_memory_back():
@@ -47,7 +49,7 @@ def give_memory_back():
 
 def timed(name, run, args):
     """Seconds of one turn."""
-    keep_freed_memory() if name == 'ours' else give_memory_back()
+    keep_freed_memory() if name.startswith('ours') else give_memory_back()
     start = time.perf_counter()
     run()
     if args.device.startswith('cuda'):
@@ -65,13 +67,63 @@ def race(contestants, args):
     return {name: float(np.median(s[1:])) for name, s in seconds.items()}
 
 
-def report(title, seconds, found, tokens=None):
-    """Prints and keeps one race: the first contestant is ours, ratios are to it."""
+def report(title, seconds, found, tokens=None, limit=None):
+    """Prints and keeps one race: the first contestant is ours, ratios are to it. With `limit`, the
+    seconds that the device's peaks allow, shares of it too."""
     ours = next(iter(seconds.values()))
     found[title] = {'seconds': seconds, 'ratios': {n: s / ours for n, s in seconds.items()}}
-    rate = f', {tokens / ours:.0f} tokens/s' if tokens else ''
-    print(f'{title}: ' + ', '.join(f'{n} {s:.2f} s' + (f' ({s / ours:.2f}x)' if s != ours else rate)
-                                   for n, s in seconds.items()), flush=True)
+    line = []
+    for name, s in seconds.items():
+        line.append(f'{name} {s:.2f} s')
+        if tokens and name.startswith('ours'):
+            line[-1] += f', {tokens / s:.0f} tokens/s'
+        if limit:
+            found[title].setdefault('of_limit', {})[name] = limit / s
+            line[-1] += f', {limit / s:.0%} of the limit'
+        if name != 'ours':
+            line[-1] += f' ({s / ours:.2f}x)'
+    print(f'{title}: ' + '; '.join(line), flush=True)
+
+
+def peaks(args):
+    """TFLOP/s and GB/s of the device; None where neither flags nor PEAKS tell."""
+    if args.tflops and args.gbs:
+        return args.tflops, args.gbs
+    name = torch.cuda.get_device_name() if args.device.startswith('cuda') else ''
+    return next((peak for key, peak in PEAKS.items() if key in name), None)
+
+
+def rollout_limit(gpt, prompts, K, args):
+    """Seconds that arithmetic of the prompts and traffic of the tokens take at the peaks, or None:
+    each token reads all weights once, and its rows' keys and values up to it."""
+    if not peaks(args):
+        return None
+    c, size = gpt.config, 2 if args.dtype == 'bfloat16' else 4
+    trunk, head = sum(p.numel() for p in gpt.h.parameters()), c.vocab_size * c.n_embd
+    P, R, width = args.prompt, args.response, c.n_layer * c.n_embd
+    flops = prompts * (P * (2 * trunk + 2 * P * width) + 2 * head)
+    cached = sum(range(P + 1, P + R)) * prompts * K * 2 * width
+    traffic = ((R - 1) * (trunk + head) + cached) * size
+    tflops, gbs = peaks(args)
+    return flops / tflops / 1e12 + traffic / gbs / 1e9
+
+
+def train_limit(gpt, rows, args):
+    """Seconds of a training step's arithmetic at the peak, so that the share of it is the MFU, or
+    None: forward and twice as much backward, attention causal, the head at the response alone."""
+    if not peaks(args):
+        return None
+    c, T = gpt.config, args.prompt + args.response
+    trunk, head = sum(p.numel() for p in gpt.h.parameters()), c.vocab_size * c.n_embd
+    forward = T * (2 * trunk + 2 * T * c.n_layer * c.n_embd) + args.response * 2 * head
+    return 3 * rows * forward / peaks(args)[0] / 1e12
+
+
+def compiled(network):
+    """A compiled copy."""
+    network = copy.deepcopy(network)
+    network.compile()
+    return network
 
 
 def autocast(args):
@@ -83,8 +135,10 @@ def twin(gpt, args):
     try:
         os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
         from transformers import GPT2LMHeadModel
+        from transformers.utils import logging
     except ImportError:
         return None
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         gpt.save_pretrained(folder)
         return GPT2LMHeadModel.from_pretrained(folder).to(args.device).eval()
@@ -146,11 +200,14 @@ def bench_rollout(gpt, args, found):
                                                          gpt, peer, args.samples, False),
                 ('ragged, early ends', leaning, leaning_peer, 1, True)):
             ids, pad = prompts(B // K, args, ragged)
-            runs = {'ours': ours(one, ids, pad, K, EOS if ragged else EOS + 1)}
+            eos = EOS if ragged else EOS + 1
+            runs = {'ours': ours(one, ids, pad, K, eos)}
+            if args.compile:
+                runs['ours, compiled'] = ours(compiled(one), ids, pad, K, eos)
             if other is not None:
                 runs['transformers'] = theirs(other, ids, pad, K, 0 if ragged else args.response)
             report(f'rollout {args.dtype}, batch {B}, {title}', race(runs, args), found,
-                   None if ragged else B * args.response)
+                   *(() if ragged else (B * args.response, rollout_limit(gpt, B // K, K, args))))
 
 
 def bench_train(gpt, args, found):
@@ -161,19 +218,23 @@ def bench_train(gpt, args, found):
     batch = data.Batch(ids, pad, response, torch.ones_like(response).bool())
     labels = torch.cat((torch.full_like(ids, -100), response), 1)
     tokens = torch.cat((ids, response), 1)
-    ours, peer = copy.deepcopy(gpt), twin(gpt, args)
-    cfg = config(reinforce, args)
-    optimizer = reinforce.adamw(ours, cfg)
+    peer, cfg = twin(gpt, args), config(reinforce, args)
 
-    def run():
-        with autocast(args):
-            loss = reinforce.mle_loss(ours, batch)
-        loss.backward()
-        reinforce.update(ours, optimizer, 1e-5, cfg)
+    def ours(network):
+        optimizer = reinforce.adamw(network, cfg)
 
-    runs = {'ours': run}
+        def run():
+            with autocast(args):
+                loss = reinforce.mle_loss(network, batch)
+            loss.backward()
+            reinforce.update(network, optimizer, 1e-5, cfg)
+        return run
+
+    runs = {'ours': ours(copy.deepcopy(gpt))}
+    if args.compile:
+        runs['ours, compiled'] = ours(compiled(gpt))
     if peer is not None:
-        peer_optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5)
+        peer_optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5, fused=True)
 
         def step():
             with autocast(args):
@@ -184,7 +245,7 @@ def bench_train(gpt, args, found):
             peer_optimizer.zero_grad()
         runs['transformers'] = step
     report(f'train step {args.dtype}, {B} x ({args.prompt} + {args.response})', race(runs, args),
-           found, B * (args.prompt + args.response))
+           found, B * (args.prompt + args.response), train_limit(gpt, B, args))
 
 
 def config(script, args):
@@ -212,6 +273,10 @@ def bench_iterations(gpt, args, found):
             critic = ppo.Critic(gpt).to(args.device).eval()
             optimizers.append(script.adamw(critic, cfg))
             passages = np.random.default_rng(0).integers(0, 50000, (8, args.prompt + args.response))
+            networks.append(critic)
+        if args.compile:
+            for network in *networks, reference:
+                network.compile()
         ids, pad = prompts(cfg.batch_size, args, False)
         gold = torch.randint(0, 50000, (cfg.batch_size, args.response), device=args.device)
         batch = data.Batch(ids, pad, gold, torch.ones_like(gold).bool())
@@ -261,7 +326,8 @@ def bench_trl(gpt, args, found):
         os.environ |= {'TRANSFORMERS_VERBOSITY': 'error', 'HF_HUB_OFFLINE': '1'}
         from datasets import Dataset
         from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
+        from transformers import (GPT2LMHeadModel, PreTrainedTokenizerFast, PrinterCallback,
+                                  TrainerCallback)
         from trl import RLOOConfig, RLOOTrainer
     except ImportError:
         print('TRL is not installed: left out')
@@ -307,10 +373,13 @@ def bench_trl(gpt, args, found):
             max_steps=args.repeats + 1, num_generations=cfg.samples, beta=cfg.beta, temperature=1.0,
             top_k=0, max_completion_length=args.response,
             generation_kwargs={'min_new_tokens': args.response})
-        RLOOTrainer(GPT2LMHeadModel.from_pretrained(folder), args=settings,
-                    reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
-                    train_dataset=Dataset.from_dict({'prompt': texts}), processing_class=words,
-                    callbacks=[Turns()]).train()
+        trainer = RLOOTrainer(
+            GPT2LMHeadModel.from_pretrained(folder), args=settings,
+            reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
+            train_dataset=Dataset.from_dict({'prompt': texts}), processing_class=words,
+            callbacks=[Turns()])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     report(f'iteration {args.dtype}, {cfg.batch_size} x {cfg.samples} x ({args.prompt} + '
            f'{args.response})', {n: float(np.median(s[1:])) for n, s in seconds.items()}, found)
 
@@ -333,11 +402,15 @@ def main(argv=None):
     parser.add_argument('--n_embd', type=int, default=768)
     parser.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--compile', action='store_true', help='our networks, compiled, too')
+    parser.add_argument('--tflops', type=float, help="the device's peak, where PEAKS has none")
+    parser.add_argument('--gbs', type=float, help='of its memory')
     parser.add_argument('--json', help='file to write')
     args = parser.parse_args(argv)
     if args.prompt + args.response > 1024:
         sys.exit(f'--prompt {args.prompt} + --response {args.response} exceed 1024: lower them')
     torch.manual_seed(0)
+    torch._dynamo.config.cache_size_limit = 32
     gpt = GPT(GPTConfig(1024, EOS + 1, args.n_layer, args.n_head, args.n_embd)).to(args.device)
     gpt.eval()
     found = {}
