@@ -35,9 +35,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
-from model import (GPT, Discriminator, GPTConfig, carry, from_ranks, gathered, join_ranks,
-                   keep_freed_memory, load_checkpoint, lock_folder, my_share, over_ranks, ranks,
-                   save_checkpoint, sum_gradients)
+from model import (GPT, Discriminator, GPTConfig, carry, exponential, from_ranks, gathered,
+                   join_ranks, keep_freed_memory, load_checkpoint, lock_folder, my_share,
+                   over_ranks, ranks, save_checkpoint, sum_gradients)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -241,12 +241,9 @@ def conditional_noise(logits, response, rng):
     Gumbel too, cut off there (Maddison et al. 2014). With e ~ Exponential(1), -log(e) is Gumbel and
     -log(e + exp(logit - largest)) the noise of one so cut. logits (B, R, V), response (B, R) ids.
     """
-    def exponential(shape):
-        e = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-        return e.exponential_(generator=rng).clamp_(1e-30)
-
-    largest = logits.logsumexp(-1, keepdim=True) - exponential((*response.shape, 1)).log()
-    noise = exponential(logits.shape).add_((logits - largest).exp_()).log_().neg_()
+    shape = *response.shape, 1
+    largest = logits.logsumexp(-1, keepdim=True) - exponential(shape, logits, rng).log_()
+    noise = exponential(logits.shape, logits, rng).add_((logits - largest).exp_()).log_().neg_()
     return noise.scatter_(-1, response[..., None],
                           largest - logits.gather(-1, response[..., None]))
 

@@ -1009,6 +1009,19 @@ def test_the_replayed_pass_gives_the_sampled_tokens():
         assert torch.equal(z, F.one_hot(r.response, 13).float())
 
 
+def test_exponential_draws_are_exponential():
+    for kind in torch.float32, torch.float64:
+        rng, N = torch.Generator().manual_seed(0), 400000
+        e = model.exponential((N,), torch.empty(0, dtype=kind), rng).double().sort().values
+        uniform = torch.arange(1, N + 1).double() / N
+        assert (-(-e).expm1() - uniform).abs().max() < 1.95 / math.sqrt(N)   # p = .001
+        assert e[0] > 0 and e.log().isfinite().all()
+    edge = SimpleNamespace(uniform_=lambda generator: torch.tensor([0., 1 - 2 ** -24, .5]))
+    with unittest.mock.patch.object(torch, 'empty', lambda *a, **k: edge):
+        e = model.exponential((3,), e, None)
+    assert e.log().isfinite().all() and e[0] > e[2] > e[1] > 0
+
+
 def test_conditional_noise_is_the_noise_of_its_tokens():
     """Its argmax is the token asked for; over tokens from the softmax it is Gumbel(0, 1) again."""
     rng = torch.Generator().manual_seed(0)
