@@ -163,6 +163,10 @@ def check(cfg):
             raise ValueError(f'--{name} 0: give a number above 0')
     if cfg.d_samples > cfg.samples:
         raise ValueError(f'--d_samples {cfg.d_samples} exceeds --samples {cfg.samples}: lower it')
+    for name in 'micro_batch', 'minibatch':
+        if getattr(cfg, name, 0) % cfg.samples:
+            raise ValueError(f'--{name} {getattr(cfg, name)} with --samples {cfg.samples}: give a '
+                             'multiple, the samples of a prompt are learned from together')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
     if cfg.control and not cfg.resume and not (Path(cfg.control) / 'metrics.jsonl').is_file():
@@ -187,8 +191,7 @@ def check_approach(cfg):
 def mle_loss(generator, batch, n_tokens=None):
     """-log pi of the gold answers with their eos, nats per token: a Batch's sum over n_tokens, by
     default its own; a scalar."""
-    tokens = torch.cat((batch.prompt, batch.response), 1)                    # (B, T)
-    logprobs, _ = generator.logprobs(tokens, batch.pad, batch.prompt.size(1))
+    logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response)
     return -(logprobs * batch.mask).sum() / (batch.mask.sum() if n_tokens is None else n_tokens)
 
 
@@ -290,7 +293,8 @@ def rollout(generator, batch, eos, rng, cfg):
 @torch.no_grad()
 def encode(generator, prompt, pad, response, mask, tau, rng, soft, cfg):
     """
-    Given responses (B, R) for the discriminator, (B, R, V): one-hots, or relaxed if soft.
+    Given responses (B*K, R), K side by side to each prompt (B, P), for the discriminator,
+    (B*K, R, V): one-hots, or relaxed if soft.
 
     They are relaxed as if the generator had sampled just these, so that a gold answer looks like a
     sample that happens to be right. Beside one-hots, its relaxed samples would be told at sight.
@@ -305,17 +309,17 @@ def encode(generator, prompt, pad, response, mask, tau, rng, soft, cfg):
 
 
 def response_logits(network, prompt, response, pad, cfg):
-    """Logits (B, R, V) of responses (B, R) to prompts (B, P) over the temperature, in one parallel
-    pass."""
-    tokens = torch.cat((prompt, response[:, :-1]), 1)
-    x = network.hidden(network.embed(tokens), pad)[:, prompt.size(1) - 1:]
-    return network.head(x / cfg.temperature)
+    """Logits (B*K, R, V) over the temperature of K responses, side by side, to each prompt (B, P),
+    in one parallel pass."""
+    return network.head(network.before(prompt, pad, response) / cfg.temperature)
 
 
 @torch.no_grad()
 def score(discriminator, prompt, pad, response, cfg):
-    """Scores s_t (N, R) of responses (N, R), logits."""
-    parts = zip(*(z.split(cfg.micro_batch) for z in (prompt, response, pad)))
+    """Scores s_t (B*K, R) of K responses, side by side, to each prompt (B, P), logits."""
+    K = len(response) // len(prompt)
+    n = max(1, cfg.micro_batch // K)
+    parts = zip(prompt.split(n), response.split(n * K), pad.split(n))
     with autocast(cfg):
         return torch.cat([discriminator(*part) for part in parts])
 
@@ -472,9 +476,10 @@ def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, 
                         for *answer, soft in ((p.real, p.real_mask, cfg.encoding == 'soft'),
                                               (p.fake, p.fake_mask, cfg.encoding != 'hard')))
         with autocast(cfg), torch.set_grad_enabled(learn):
-            scores = discriminator(torch.cat((p.prompt, p.prompt)), torch.cat((gold, sample)),
-                                   torch.cat((p.pad, p.pad)))                # (2 n, R)
-            real, fake = carry(scores, torch.cat((p.real_mask, p.fake_mask))).chunk(2)
+            response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
+                (gold, sample), (p.real_mask, p.fake_mask)))
+            scores = carry(discriminator(p.prompt, response, p.pad), mask)   # (2 n, R)
+            real, fake = scores[::2], scores[1::2]
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
         if learn:
             loss.backward()
@@ -507,23 +512,25 @@ def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anc
     about which token to change. A tie, whose sample is the gold answer, has none.
     returns   dict: g_loss, g_norm, mle, kl and entropy (nats per token)
     """
-    N = len(roll.response) * ranks()[1]
+    N, K = len(roll.response) * ranks()[1], cfg.samples
     sums = torch.zeros(4, device=roll.mask.device)
     for rows in torch.arange(len(roll.response), device=roll.mask.device).split(cfg.micro_batch):
         r = Rollout(*(z[rows] for z in roll))
-        gold = data.Batch(*(z[rows // cfg.samples] for z in batch))
-        encoded = encode(generator, *gold, tau, rng, cfg.encoding == 'soft', cfg)
+        gold, gold_mask = batch.response[rows // K], batch.mask[rows // K]
+        prompt, pad = r.prompt[::K], r.pad[::K]
+        encoded = encode(generator, prompt, pad, gold, gold_mask, tau, rng, cfg.encoding == 'soft',
+                         cfg)
         with autocast(cfg):
-            logits = response_logits(generator, r.prompt, r.response, r.pad, cfg)
+            logits = response_logits(generator, prompt, r.response, pad, cfg)
             with torch.no_grad():
-                ref_logits = response_logits(reference, r.prompt, r.response, r.pad, cfg)
-                real = carry(discriminator(gold.prompt, encoded, gold.pad), gold.mask)
+                ref_logits = response_logits(reference, prompt, r.response, pad, cfg)
+                real = carry(discriminator(prompt, encoded, pad), gold_mask)
         z = relax(logits, r.noise, r.response, r.mask, tau, cfg.encoding == 'hard')
         shown = z.detach().requires_grad_()          # the discriminator's weights get no gradient
         with autocast(cfg):
-            fake = carry(discriminator(r.prompt, shown, r.pad), r.mask)
-        differ = (r.response != gold.response).cumsum(1) > 0                 # (n, R)
-        where = differ & (r.mask | gold.mask)
+            fake = carry(discriminator(prompt, shown, pad), r.mask)
+        differ = (r.response != gold).cumsum(1) > 0                          # (n, R)
+        where = differ & (r.mask | gold_mask)
         if not cfg.d_prefixes:
             where = F.pad(differ[:, -1:], (where.size(1) - 1, 0))
         weights = where / where.sum(1, keepdim=True).clamp(min=1) / N
@@ -600,9 +607,10 @@ def prepare(cfg):
     torch._dynamo.config.cache_size_limit = 32     # recompile_limit since torch 2.7
     rank, n_ranks = ranks()
     for name in 'batch_size', 'sft_batch_size', 'minibatch', 'pretrain_batch_size':
-        if getattr(cfg, name, 0) % n_ranks:
+        multiple = n_ranks * (cfg.samples if name == 'minibatch' else 1)
+        if getattr(cfg, name, 0) % multiple:
             raise ValueError(f'--{name} {getattr(cfg, name)} cannot be shared by {n_ranks} ranks: '
-                             'give a multiple')
+                             f'give a multiple of {multiple}')
     out = Path(cfg.out_dir)
     if rank:                                         # rank 0 writes and prints for all
         sys.stdout = open(os.devnull, 'w')

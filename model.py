@@ -75,8 +75,10 @@ class Attention(nn.Module):
                     -1, rows.size(1), -1, -1, -1))
             if mask is not None and mask.size(-1) > T:                   # decoding, not prefill
                 k, v = cache
+        if mask is not None:
+            q = q[:, :, -mask.size(-2):]                                 # few in the last block
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, q.size(2), C))
 
 
 class MLP(nn.Module):
@@ -102,7 +104,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask, cache=None, columns=None):
-        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache, columns))
+        y = self.attn(self.ln_1(x), mask, cache, columns)
+        x = x[:, -y.size(1):] + self.dropout(y)
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
@@ -148,7 +151,7 @@ class GPT(nn.Module):
             return tokens @ self.wte.weight
         return self.wte(tokens)
 
-    def hidden(self, x, pad=None, cache=None, slot=None, first=0):
+    def hidden(self, x, pad=None, cache=None, slot=None, first=0, last=None, shared=None):
         """
         The trunk: token embeddings in, the last layer norm's output out.
 
@@ -157,22 +160,36 @@ class GPT(nn.Module):
         cache    (2, L, B*K, H, P + R, D) keys and values, written in place; needs `pad`
         slot     (1,) column of the one token of a decoding step; None for a pass over whole rows
         first    column of the first token of such a pass, where all before it is padding
-        returns  (B, T, C)
+        last     so many columns on the right are wanted, and the last block computes no others;
+                 None for all
+        shared   (P, R): P columns of prompt, then responses of R columns each that go on from it
+                 and are blind to one another; needs `pad`. None for one sequence a row
+        returns  (B, last, C)
         """
         B, T, _ = x.shape
         columns = torch.arange(first, first + T, device=x.device) if slot is None else slot
-        positions, mask = columns.expand(B, T), None
+        positions, mask, places = columns.expand(B, T), None, columns
+        if shared is not None:
+            P, R = shared
+            whose = torch.where(columns < P, -1, (columns - P) // R)         # -1: the prompt's
+            places = torch.where(columns < P, columns, P + (columns - P) % R)
         if pad is not None:
-            positions = (columns - pad[:, None]).clamp(min=0)                # (B, T)
+            positions = (places - pad[:, None]).clamp(min=0)                 # (B, T)
             keys = columns if slot is None else torch.arange(cache.size(4), device=x.device)
             # rows without padding take plain causal attention, which is faster; not on a GPU, where
             # the host would wait to know, nor compiled, where there would be two graphs
-            if slot is not None or self.compiled or pad.is_cuda or (pad > first).any():
+            if shared or slot is not None or self.compiled or pad.is_cuda or (pad > first).any():
                 # the diagonal too: a padding query sees no key, and a softmax over nothing is NaN
                 mask = (keys >= pad[:, None])[:, None] & (keys <= columns[:, None])
                 mask = (mask | (keys == columns[:, None]))[:, None]          # (B, 1, T, keys)
+                if shared is not None:
+                    mask = mask & ((whose < 0) | (whose == whose[:, None]))
         x = self.dropout(x + self.wpe(positions))
         for i, block in enumerate(self.h):
+            if i == len(self.h) - 1 and last is not None and last < T:
+                if mask is None:
+                    mask = (columns <= columns[:, None])[None, None]         # (1, 1, T, T)
+                mask = mask[:, :, -last:]
             x = block(x, mask, None if cache is None else cache[:, i], columns)
         return self.ln_f(x)
 
@@ -199,8 +216,33 @@ class GPT(nn.Module):
                   entropy (B, T - start) of the predicting distribution in nats, no gradient
         """
         assert 1 <= start < tokens.size(1), (start, tokens.shape)
-        x = self.hidden(self.embed(tokens[:, :-1]), pad)[:, start - 1:]      # (B, T - start, C)
         targets = tokens[:, start:]
+        x = self.hidden(self.embed(tokens[:, :-1]), pad, last=targets.size(1))
+        return self.token_logprobs(x, targets, temperature)
+
+    def response_logprobs(self, prompt, pad, response, temperature=1.0):
+        """
+        Like `logprobs`, of K responses to each prompt, which runs through the model once for them.
+
+        prompt    (B, P) ids, pad (B,) padding tokens at the left of each row
+        response  (B*K, R) ids, those of one prompt side by side
+        returns   logprobs, entropy (B*K, R) in nats
+        """
+        return self.token_logprobs(self.before(prompt, pad, response), response, temperature)
+
+    def before(self, prompt, pad, response):
+        """Trunk outputs (B*K, R, C) that each token of responses (B*K, R) is predicted from."""
+        B, P = prompt.shape
+        K, R = len(response) // max(1, B), response.size(1)
+        tail = response[:, :-1].reshape(B, K * (R - 1))
+        x = self.hidden(self.embed(torch.cat((prompt, tail), 1)), pad, last=1 + tail.size(1),
+                        shared=(P, R - 1) if K > 1 < R else None)
+        x = torch.cat((x[:, :1].expand(-1, K, -1)[:, :, None], x[:, 1:].unflatten(1, (K, R - 1))),
+                      2)                                                     # (B, K, R, C)
+        return x.flatten(0, 1)
+
+    def token_logprobs(self, x, targets, temperature):
+        """Log-probabilities and entropies (N, R) of targets (N, R) from trunk outputs (N, R, C)."""
         rows = max(1, HEAD_CHUNK // self.config.vocab_size)
         parts = list(zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows)))
         if len(parts) > 1 and torch.is_grad_enabled():
@@ -255,7 +297,7 @@ class GPT(nn.Module):
             first = 0 if static else int(pad[group].min())
             parts.append(self.hidden(self.embed(prompt[group, first:]), pad[group],
                                      cache[:, :, start * samples:(start + size) * samples],
-                                     first=first)[:, -1])
+                                     first=first, last=1)[:, 0])
         x = torch.cat(parts)                                                 # (B, C)
         rows = (order[:, None] * samples + torch.arange(samples, device=device)).flatten()
         x, pad = x.repeat_interleave(samples, 0), pad[order].repeat_interleave(samples, 0)
@@ -436,13 +478,17 @@ class Discriminator(nn.Module):
     def forward(self, prompt, response, pad=None):
         """
         prompt    (B, P) ids, or (B, P, V) one-hots
-        response  (B, R) ids, or (B, R, V) one-hots, through which gradients flow
+        response  (B*K, R) ids, or (B*K, R, V) one-hots, through which gradients flow; those of one
+                  prompt, which runs through the trunk once for them, side by side
         pad       (B,) padding tokens at the left of each row
-        returns   (B, R) scores at every response position, float32
+        returns   (B*K, R) scores at every response position, float32
         """
-        x = torch.cat((self.trunk.embed(prompt), self.trunk.embed(response)), dim=1)
-        x = self.trunk.hidden(x, pad)[:, prompt.size(1):]                    # (B, R, C)
-        return linear_in_float32(x, self.score.weight, self.score.bias).squeeze(-1)
+        B, P, N, R = *prompt.shape[:2], *response.shape[:2]
+        pad = torch.zeros(B, dtype=torch.long, device=prompt.device) if pad is None else pad
+        x = torch.cat((self.trunk.embed(prompt),
+                       self.trunk.embed(response).view(B, N // max(1, B) * R, -1)), dim=1)
+        x = self.trunk.hidden(x, pad, last=x.size(1) - P, shared=(P, R) if N > B else None)
+        return linear_in_float32(x, self.score.weight, self.score.bias).view(N, R)
 
     def compile(self):
         """Compiles the trunk in place."""

@@ -100,7 +100,7 @@ class Config:
     no_eos_reward: float = -1.0      # in place of the reward of a response that does not end
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
-    minibatch: int = 64              # responses of an update
+    minibatch: int = 64              # responses of an update, whole prompts' samples
     clip: float = 0.2                # epsilon: how far a ratio may leave 1
     value_clip: float = 0.2          # how far a value may leave its old one
     approx_kl: float = 0.02          # a rollout is left when pi is so far from pi_old, nats/token
@@ -172,6 +172,10 @@ def check(cfg):
             raise ValueError(f'--{name} 0: give a number above 0')
     if cfg.d_samples > cfg.samples:
         raise ValueError(f'--d_samples {cfg.d_samples} exceeds --samples {cfg.samples}: lower it')
+    for name in 'micro_batch', 'minibatch':
+        if getattr(cfg, name, 0) % cfg.samples:
+            raise ValueError(f'--{name} {getattr(cfg, name)} with --samples {cfg.samples}: give a '
+                             'multiple, the samples of a prompt are learned from together')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
     if cfg.control and not cfg.resume and not (Path(cfg.control) / 'metrics.jsonl').is_file():
@@ -198,8 +202,7 @@ def check_approach(cfg):
 def mle_loss(generator, batch, n_tokens=None):
     """-log pi of the gold answers with their eos, nats per token: a Batch's sum over n_tokens, by
     default its own; a scalar."""
-    tokens = torch.cat((batch.prompt, batch.response), 1)                    # (B, T)
-    logprobs, _ = generator.logprobs(tokens, batch.pad, batch.prompt.size(1))
+    logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response)
     return -(logprobs * batch.mask).sum() / (batch.mask.sum() if n_tokens is None else n_tokens)
 
 
@@ -305,10 +308,10 @@ class Rollout(NamedTuple):
 class Critic(Discriminator):
     """V(x, y_<t), the return to expect before token t, by a network like the discriminator."""
 
-    def forward(self, tokens, pad, start):
-        """Values (B, T - start) of tokens (B, T), prompt and response, one for each response token;
+    def forward(self, prompt, pad, response):
+        """Values (B*K, R) of K responses, side by side, to each prompt (B, P), one for each token;
         each sees what stands to the left of its token."""
-        x = self.trunk.hidden(self.trunk.embed(tokens[:, :-1]), pad)[:, start - 1:]
+        x = self.trunk.before(prompt, pad, response)
         return linear_in_float32(x, self.score.weight, self.score.bias).squeeze(-1)
 
     def start_from(self, discriminator):
@@ -331,17 +334,20 @@ def rollout(generator, reference, batch, eos, rng, cfg):
         response, mask, _ = generator.generate(batch.prompt, batch.pad, cfg.max_response, eos,
                                                samples=cfg.samples,
                                                temperature=cfg.temperature, rng=rng)
-        prompt, pad = (z.repeat_interleave(cfg.samples, 0) for z in (batch.prompt, batch.pad))
-        tokens = torch.cat((prompt, response), 1).split(cfg.micro_batch)
-        ref_logprobs = torch.cat([reference.logprobs(t, p, prompt.size(1), cfg.temperature)[0]
-                                  for t, p in zip(tokens, pad.split(cfg.micro_batch))])
+        n = max(1, cfg.micro_batch // cfg.samples)
+        parts = zip(batch.prompt.split(n), batch.pad.split(n), response.split(n * cfg.samples))
+        ref_logprobs = torch.cat([reference.response_logprobs(*part, cfg.temperature)[0]
+                                  for part in parts])
+    prompt, pad = (z.repeat_interleave(cfg.samples, 0) for z in (batch.prompt, batch.pad))
     return Rollout(prompt, pad, response, mask, ((response == eos) & mask).any(1), ref_logprobs)
 
 
 @torch.no_grad()
 def score(discriminator, prompt, pad, response, cfg):
-    """Scores s_t (N, R) of responses (N, R), logits."""
-    parts = zip(*(z.split(cfg.micro_batch) for z in (prompt, response, pad)))
+    """Scores s_t (B*K, R) of K responses, side by side, to each prompt (B, P), logits."""
+    K = len(response) // len(prompt)
+    n = max(1, cfg.micro_batch // K)
+    parts = zip(prompt.split(n), response.split(n * K), pad.split(n))
     with autocast(cfg):
         return torch.cat([discriminator(*part) for part in parts])
 
@@ -479,9 +485,10 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
     for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
         p = Pairs(*(z[rows] for z in pairs))
         with autocast(cfg), torch.set_grad_enabled(learn):
-            scores = discriminator(torch.cat((p.prompt, p.prompt)), torch.cat((p.real, p.fake)),
-                                   torch.cat((p.pad, p.pad)))                # (2 n, R)
-            real, fake = carry(scores, torch.cat((p.real_mask, p.fake_mask))).chunk(2)
+            response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
+                (p.real, p.fake), (p.real_mask, p.fake_mask)))
+            scores = carry(discriminator(p.prompt, response, p.pad), mask)   # (2 n, R)
+            real, fake = scores[::2], scores[1::2]
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
         if learn:
             loss.backward()
@@ -505,7 +512,7 @@ def prefix_values(discriminator, roll, batch, running, cfg):
     answer: 0 for the gold answer itself, -1 for a sure fake, however sure. Otherwise the score,
     standardised by a running mean and deviation and clipped. Both are (B*K, R).
     """
-    scores = carry(score(discriminator, roll.prompt, roll.pad, roll.response, cfg), roll.mask)
+    scores = carry(score(discriminator, batch.prompt, batch.pad, roll.response, cfg), roll.mask)
     end = scores[:, -1]
     sums = over_ranks(torch.stack((end.sum(), end.square().sum())))
     n = len(end) * ranks()[1]
@@ -525,27 +532,28 @@ def prefix_values(discriminator, roll, batch, running, cfg):
 def look_back(generator, critic, roll, cfg):
     """Log-probs and values (B, R) before the first update, from the forward pass of the updates
     (so that the first ratio is 1), and the mean entropy of the policy, nats per token."""
-    P, parts = roll.prompt.size(1), []
-    tokens = torch.cat((roll.prompt, roll.response), 1)
-    for t, pad in zip(tokens.split(cfg.micro_batch), roll.pad.split(cfg.micro_batch)):
+    K, parts = cfg.samples, []
+    for rows in torch.arange(len(roll.response), device=roll.mask.device).split(cfg.micro_batch):
+        part = roll.prompt[rows][::K], roll.pad[rows][::K], roll.response[rows]
         with autocast(cfg):
-            parts.append((*generator.logprobs(t, pad, P, cfg.temperature), critic(t, pad, P)))
+            parts.append((*generator.response_logprobs(*part, cfg.temperature), critic(*part)))
     logprobs, entropy, values = (torch.cat(z) for z in zip(*parts))
     return logprobs, values, over_ranks((entropy * roll.mask).sum()) / over_ranks(roll.mask.sum())
 
 
 def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages, anchor, lrs, cfg):
     """
-    One update of policy and critic on the responses `rows`, in micro-batches.
+    One update of policy and critic on the responses `rows`, all K of each prompt side by side, in
+    micro-batches.
 
     past      old_logprobs, old_values, advantages, returns, each (B*K, R)
     passages  (n, T) ids for the pretraining term; None for none
     returns   list of figures: g_loss, v_loss, mle, approx_kl, clip_fraction, g_norm (of policy
               loss and anchor), pretrain_norm (of the pretraining term), pretrain
     """
-    P, params = roll.prompt.size(1), list(generator.parameters())
+    K, params = cfg.samples, list(generator.parameters())
     n_tokens = over_ranks(roll.mask[rows].sum())
-    gold_tokens = over_ranks(batch.mask[rows // cfg.samples].sum())
+    gold_tokens = over_ranks(batch.mask[rows[::K] // K].sum())
     sums = torch.zeros(5, device=roll.mask.device)
     pretrain, pretrain_norm, kept = 0.0, 0.0, []
     if passages is not None:
@@ -558,11 +566,11 @@ def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages,
     for part in rows.split(cfg.micro_batch):
         r = Rollout(*(z[part] for z in roll))
         old_logprobs, old_values, advantages, returns = (z[part] for z in past)
-        tokens = torch.cat((r.prompt, r.response), 1)
-        gold = data.Batch(*(z[part // cfg.samples] for z in batch))
+        gold = data.Batch(*(z[part[::K] // K] for z in batch))
         with autocast(cfg):
-            logprobs, _ = generator.logprobs(tokens, r.pad, P, cfg.temperature)
-            values = critic(tokens, r.pad, P)
+            logprobs, _ = generator.response_logprobs(gold.prompt, gold.pad, r.response,
+                                                      cfg.temperature)
+            values = critic(gold.prompt, gold.pad, r.response)
             with torch.set_grad_enabled(anchor > 0):
                 mle = mle_loss(generator, gold, gold_tokens)
         g_loss = clipped_policy_loss(logprobs, old_logprobs, advantages, r.mask,
@@ -604,8 +612,10 @@ def ppo_step(generator, critic, optimizers, roll, rewards, batch, passages, anch
                    / new[seen].var(correction=0).clamp(min=1e-8))
     past = old_logprobs, old_values, whiten(advantages, mask), returns
     figures = []
+    K, columns = cfg.samples, torch.arange(cfg.samples)
     for _ in range(cfg.epochs):
-        for rows in torch.randperm(len(mask)).to(mask.device).split(cfg.minibatch // ranks()[1]):
+        order = (torch.randperm(len(mask) // K)[:, None] * K + columns).flatten().to(mask.device)
+        for rows in order.split(cfg.minibatch // ranks()[1]):
             drawn = None
             if cfg.pretrain:
                 index = data.order(len(passages), cfg.pretrain_batch_size, (cfg.seed, 2),
@@ -681,9 +691,10 @@ def prepare(cfg):
     torch._dynamo.config.cache_size_limit = 32     # recompile_limit since torch 2.7
     rank, n_ranks = ranks()
     for name in 'batch_size', 'sft_batch_size', 'minibatch', 'pretrain_batch_size':
-        if getattr(cfg, name, 0) % n_ranks:
+        multiple = n_ranks * (cfg.samples if name == 'minibatch' else 1)
+        if getattr(cfg, name, 0) % multiple:
             raise ValueError(f'--{name} {getattr(cfg, name)} cannot be shared by {n_ranks} ranks: '
-                             'give a multiple')
+                             f'give a multiple of {multiple}')
     out = Path(cfg.out_dir)
     if rank:                                         # rank 0 writes and prints for all
         sys.stdout = open(os.devnull, 'w')

@@ -163,6 +163,10 @@ def check(cfg):
             raise ValueError(f'--{name} 0: give a number above 0')
     if cfg.d_samples > cfg.samples:
         raise ValueError(f'--d_samples {cfg.d_samples} exceeds --samples {cfg.samples}: lower it')
+    for name in 'micro_batch', 'minibatch':
+        if getattr(cfg, name, 0) % cfg.samples:
+            raise ValueError(f'--{name} {getattr(cfg, name)} with --samples {cfg.samples}: give a '
+                             'multiple, the samples of a prompt are learned from together')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
     if cfg.control and not cfg.resume and not (Path(cfg.control) / 'metrics.jsonl').is_file():
@@ -177,9 +181,6 @@ def check_approach(cfg):
     if cfg.baseline == 'loo' and cfg.samples < 2:
         raise ValueError(f'--baseline loo with --samples {cfg.samples}: give --samples 2 or more, '
                          'or --baseline mean')
-    if cfg.micro_batch % cfg.samples:
-        raise ValueError(f'--micro_batch {cfg.micro_batch} with --samples {cfg.samples}: give a '
-                         'multiple, the samples of a prompt are learned from together')
 
 
 # -----------------------------------------------------------------------------
@@ -189,8 +190,7 @@ def check_approach(cfg):
 def mle_loss(generator, batch, n_tokens=None):
     """-log pi of the gold answers with their eos, nats per token: a Batch's sum over n_tokens, by
     default its own; a scalar."""
-    tokens = torch.cat((batch.prompt, batch.response), 1)                    # (B, T)
-    logprobs, _ = generator.logprobs(tokens, batch.pad, batch.prompt.size(1))
+    logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response)
     return -(logprobs * batch.mask).sum() / (batch.mask.sum() if n_tokens is None else n_tokens)
 
 
@@ -281,17 +281,20 @@ def rollout(generator, reference, batch, eos, rng, cfg):
         response, mask, _ = generator.generate(batch.prompt, batch.pad, cfg.max_response, eos,
                                                samples=cfg.samples,
                                                temperature=cfg.temperature, rng=rng)
-        prompt, pad = (z.repeat_interleave(cfg.samples, 0) for z in (batch.prompt, batch.pad))
-        tokens = torch.cat((prompt, response), 1).split(cfg.micro_batch)
-        ref_logprobs = torch.cat([reference.logprobs(t, p, prompt.size(1), cfg.temperature)[0]
-                                  for t, p in zip(tokens, pad.split(cfg.micro_batch))])
+        n = max(1, cfg.micro_batch // cfg.samples)
+        parts = zip(batch.prompt.split(n), batch.pad.split(n), response.split(n * cfg.samples))
+        ref_logprobs = torch.cat([reference.response_logprobs(*part, cfg.temperature)[0]
+                                  for part in parts])
+    prompt, pad = (z.repeat_interleave(cfg.samples, 0) for z in (batch.prompt, batch.pad))
     return Rollout(prompt, pad, response, mask, ((response == eos) & mask).any(1), ref_logprobs)
 
 
 @torch.no_grad()
 def score(discriminator, prompt, pad, response, cfg):
-    """Scores s_t (N, R) of responses (N, R), logits."""
-    parts = zip(*(z.split(cfg.micro_batch) for z in (prompt, response, pad)))
+    """Scores s_t (B*K, R) of K responses, side by side, to each prompt (B, P), logits."""
+    K = len(response) // len(prompt)
+    n = max(1, cfg.micro_batch // K)
+    parts = zip(prompt.split(n), response.split(n * K), pad.split(n))
     with autocast(cfg):
         return torch.cat([discriminator(*part) for part in parts])
 
@@ -429,9 +432,10 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
     for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
         p = Pairs(*(z[rows] for z in pairs))
         with autocast(cfg), torch.set_grad_enabled(learn):
-            scores = discriminator(torch.cat((p.prompt, p.prompt)), torch.cat((p.real, p.fake)),
-                                   torch.cat((p.pad, p.pad)))                # (2 n, R)
-            real, fake = carry(scores, torch.cat((p.real_mask, p.fake_mask))).chunk(2)
+            response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
+                (p.real, p.fake), (p.real_mask, p.fake_mask)))
+            scores = carry(discriminator(p.prompt, response, p.pad), mask)   # (2 n, R)
+            real, fake = scores[::2], scores[1::2]
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
         if learn:
             loss.backward()
@@ -455,7 +459,7 @@ def prefix_values(discriminator, roll, batch, running, cfg):
     answer: 0 for the gold answer itself, -1 for a sure fake, however sure. Otherwise the score,
     standardised by a running mean and deviation and clipped. Both are (B*K, R).
     """
-    scores = carry(score(discriminator, roll.prompt, roll.pad, roll.response, cfg), roll.mask)
+    scores = carry(score(discriminator, batch.prompt, batch.pad, roll.response, cfg), roll.mask)
     end = scores[:, -1]
     sums = over_ranks(torch.stack((end.sum(), end.square().sum())))
     n = len(end) * ranks()[1]
@@ -480,13 +484,13 @@ def reinforce_step(generator, optimizer, roll, rewards, batch, anchor, baseline,
     baseline  running mean of the return
     returns   dict: g_loss, g_norm, mle, kl and entropy (nats per token), return_mean
     """
-    N, P = len(roll.response) * ranks()[1], roll.prompt.size(1)
+    N = len(roll.response) * ranks()[1]
     sums = torch.zeros(5, device=rewards.device)
     for rows in torch.arange(len(roll.response), device=rewards.device).split(cfg.micro_batch):
         r = Rollout(*(z[rows] for z in roll))
         with autocast(cfg):
-            logprobs, entropy = generator.logprobs(torch.cat((r.prompt, r.response), 1), r.pad, P,
-                                                   cfg.temperature)
+            logprobs, entropy = generator.response_logprobs(
+                r.prompt[::cfg.samples], r.pad[::cfg.samples], r.response, cfg.temperature)
         log_ratio = (logprobs.detach() - r.ref_logprobs) * r.mask            # k1, (n, R)
         total = rewards[rows] - cfg.beta * log_ratio
         loss = policy_loss(logprobs, advantages(total, cfg.samples, cfg.reward, cfg.baseline,
@@ -559,9 +563,10 @@ def prepare(cfg):
     torch._dynamo.config.cache_size_limit = 32     # recompile_limit since torch 2.7
     rank, n_ranks = ranks()
     for name in 'batch_size', 'sft_batch_size', 'minibatch', 'pretrain_batch_size':
-        if getattr(cfg, name, 0) % n_ranks:
+        multiple = n_ranks * (cfg.samples if name == 'minibatch' else 1)
+        if getattr(cfg, name, 0) % multiple:
             raise ValueError(f'--{name} {getattr(cfg, name)} cannot be shared by {n_ranks} ranks: '
-                             'give a multiple')
+                             f'give a multiple of {multiple}')
     out = Path(cfg.out_dir)
     if rank:                                         # rank 0 writes and prints for all
         sys.stdout = open(os.devnull, 'w')

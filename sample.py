@@ -192,9 +192,10 @@ def fresh_discriminator(trunk, split, fake, fake_mask, args):
     def margins(rows):
         """Score of the gold answer over the sampled one's at every column, (n, R); `where`."""
         b = split.batch(rows, args.device)
-        scores = network(torch.cat((b.prompt, b.prompt)), torch.cat((b.response, fake[rows])),
-                         torch.cat((b.pad, b.pad)))
-        real, sampled = carry(scores, torch.cat((b.mask, fake_mask[rows]))).chunk(2)
+        response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
+            (b.response, fake[rows]), (b.mask, fake_mask[rows])))
+        scores = carry(network(b.prompt, response, b.pad), mask)
+        real, sampled = scores[::2], scores[1::2]
         differ = (b.response != fake[rows]).cumsum(1) > 0
         return real - sampled, differ & (b.mask | fake_mask[rows])
 
@@ -241,15 +242,13 @@ def drift(generator, base, split, args):
     rng = torch.Generator(args.device).manual_seed(args.seed)
     for rows in np.array_split(np.arange(len(split)), -(-len(split) // args.batch_size)):
         batch = split.batch(rows, args.device)
-        P, R = batch.prompt.size(1), batch.response.size(1)
-        response, mask, _ = generator.generate(batch.prompt, batch.pad, R, split.eos, rng=rng)
-        tokens = torch.cat((batch.prompt, response), 1)
-        logp, base_logp = (g.head(g.hidden(g.embed(tokens), batch.pad)[:, P - 1:-1]).log_softmax(-1)
+        response, mask, _ = generator.generate(batch.prompt, batch.pad, batch.response.size(1),
+                                               split.eos, rng=rng)
+        logp, base_logp = (g.head(g.before(batch.prompt, batch.pad, response)).log_softmax(-1)
                            for g in (generator, base))                       # (n, R, V)
         kl += ((logp.exp() * (logp - base_logp)).sum(-1) * mask).sum().item()
         kl_tokens += mask.sum().item()
-        tokens = torch.cat((batch.prompt, batch.response), 1)
-        logprobs, _ = generator.logprobs(tokens, batch.pad, P)
+        logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response)
         nll -= (logprobs * batch.mask).sum().item()
         nll_tokens += batch.mask.sum().item()
     return kl / kl_tokens, nll / nll_tokens

@@ -177,6 +177,30 @@ def test_left_padding_changes_no_logit():
         assert torch.equal(gpt(changed, pad)[row, n:], logits[row, n:])
 
 
+def test_responses_that_share_a_prompt_are_as_if_alone():
+    """Log-probs, entropies and scores of K responses in one row against each in its own; their
+    gradients; ids and one-hots; responses of one token too."""
+    for K, R in (1, 4), (3, 4), (3, 1), (2, 2):
+        gpt, prompt = tiny_gpt(dropout=0.).double(), torch.randint(0, 13, (4, 6))
+        response, pad = torch.randint(0, 13, (4 * K, R)), torch.tensor([0, 2, 5, 1])
+        discriminator = Discriminator(tiny_gpt(1)).double()
+        torch.nn.init.normal_(discriminator.score.weight)
+        tokens = torch.cat((prompt.repeat_interleave(K, 0), response), 1)
+        wanted = gpt.logprobs(tokens, pad.repeat_interleave(K), 6, .7)
+        got = gpt.response_logprobs(prompt, pad, response, .7)
+        for a, b in zip(wanted, got):
+            assert a.shape == b.shape == (4 * K, R) and (a - b).abs().max() < 1e-9
+        weight = torch.randn(4 * K, R).double()
+        a, b = (gradient(gpt, (z[0] * weight).sum()) for z in (wanted, got))
+        assert (a - b).abs().max() < 1e-9 and a.abs().max() > 1e-3
+        wanted = discriminator(prompt.repeat_interleave(K, 0), response, pad.repeat_interleave(K))
+        for kind in response, F.one_hot(response, 13).double():
+            got = discriminator(prompt, kind, pad)
+            assert got.shape == (4 * K, R) and (wanted - got).abs().max() < 1e-9
+        a, b = (gradient(discriminator, (z * weight).sum()) for z in (wanted, got))
+        assert (a - b).abs().max() < 1e-9 and a.abs().max() > 1e-3
+
+
 def test_bfloat16_keeps_logprobs_of_large_logits():
     gpt, tokens = tiny_gpt(), torch.randint(0, 13, (3, 11))
     with torch.no_grad():
@@ -867,10 +891,10 @@ def test_ppo_update_takes_the_gradient_of_its_parts():
     # the critic's value of a token depends on nothing from that token on
     changed = tokens.clone()
     changed[:, P + 2:] = 7
-    assert torch.equal(critic(changed, roll.pad, P)[:, :3], values[:, :3])
+    assert (critic(roll.prompt, roll.pad, changed[:, P:])[:, :3] - values[:, :3]).abs().max() < 1e-6
     old = old + .3 * torch.randn(old.shape)
     A, returns = ppo.gae(rewards, values, mask, .9)
-    past, rows = (old, values - .5, A, returns), torch.tensor([5, 0, 3, 6, 1])
+    past, rows = (old, values - .5, A, returns), torch.tensor([4, 5, 0, 1, 6, 7])
     cfg.micro_batch = 2
     figures = ppo.ppo_update(policy, critic, optimizers, rows, past, roll, batch, passages, .4,
                              (0., 0.), cfg)
@@ -885,7 +909,7 @@ def test_ppo_update_takes_the_gradient_of_its_parts():
     extra = -logits.gather(-1, passages[:, 1:, None]).mean()
     g_extra = gradient(policy, .7 * extra)
     assert (got - g_main - g_extra).abs().max() < 1e-5
-    v = ppo.value_loss(critic(r[0], r[1], P), r[4], r[6], r[2], .2) / n
+    v = ppo.value_loss(critic(r[0][:, :P], r[1], r[0][:, P:]), r[4], r[6], r[2], .2) / n
     assert (got_critic - gradient(critic, v)).abs().max() < 1e-5
     ratio = (logprobs - r[3]).exp()[r[2]]
     told = (ppo.clipped_policy_loss(logprobs, r[3], r[5], r[2], .2) / n, v,
@@ -902,7 +926,8 @@ def test_ppo_step_takes_its_gradient_from_scores_to_both_networks():
         '--beta', '.2', '--lam', '.8', '--pretrain_batch_size', '2')
     running = {'beta_factor': 1.5, 'updates': 1}
     tokens, P, mask = torch.cat((roll.prompt, roll.response), 1), 5, roll.mask
-    logprobs, values = policy.logprobs(tokens, roll.pad, P)[0], critic(tokens, roll.pad, P)
+    logprobs = policy.logprobs(tokens, roll.pad, P)[0]
+    values = critic(roll.prompt, roll.pad, roll.response)
     with torch.no_grad():
         log_ratio = (logprobs - roll.ref_logprobs)[mask]
         r, V = rewards.clone(), values * mask
@@ -1125,6 +1150,26 @@ def test_gumbel_steps_take_the_gradient_of_their_parts():
         wanted = gradient(discriminator, loss(real, fake, -1, 5))
         assert (optimizer.kept - wanted).abs().max() < 1e-5 and wanted.abs().max() > 1e-3
         assert all(q.grad is None for q in gpt.parameters())
+
+
+def test_a_gumbel_step_on_k_samples_is_that_on_as_many_prompts():
+    gpt, discriminator, r = small_rollout()
+    prompt, pad = (z[::2].repeat_interleave(2, 0) for z in (r.prompt, r.pad))
+    r, found = r._replace(prompt=prompt, pad=pad), []
+    gold, mask = torch.randint(0, 12, (3, 4)), torch.arange(4) < torch.tensor([[4], [2], [3]])
+    for K in 1, 2:
+        cfg = replace(gumbel.parse(['--tiny', '--samples', '2', '--encoding', 'hard', '--beta',
+                                    '.3', '--grad_clip', '1e9', '--micro_batch', '4',
+                                    '--temperature', '.5']), samples=K, dtype='float32')
+        batch = data.Batch(prompt[::2], pad[::2], gold, mask)
+        batch = data.Batch(*(z.repeat_interleave(2 // K, 0) for z in batch))
+        optimizer = Keep(gpt)
+        record = gumbel.gumbel_step(gpt, tiny_gpt(5), discriminator, optimizer, r, batch, .4, 0.,
+                                    .7, None, cfg)
+        found.append((optimizer.kept, record))
+    (one, first), (two, second) = found
+    assert (one - two).abs().max() < 1e-6 and one.abs().max() > 1e-3
+    assert all(abs(first[k] - second[k]) < 1e-5 for k in first), found
 
 
 def test_relaxed_samples_become_one_hot_and_follow_the_softmax():
