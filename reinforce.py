@@ -459,7 +459,12 @@ def prefix_values(discriminator, roll, batch, running, cfg):
     answer: 0 for the gold answer itself, -1 for a sure fake, however sure. Otherwise the score,
     standardised by a running mean and deviation and clipped. Both are (B*K, R).
     """
-    scores = carry(score(discriminator, batch.prompt, batch.pad, roll.response, cfg), roll.mask)
+    response, mask = (torch.cat((gold[:, None], sampled.unflatten(0, (-1, cfg.samples))), 1)
+                      .flatten(0, 1) for gold, sampled in ((batch.response, roll.response),
+                                                           (batch.mask, roll.mask)))
+    scores = carry(score(discriminator, batch.prompt, batch.pad, response, cfg), mask)
+    scores = scores.unflatten(0, (-1, cfg.samples + 1))                      # (B, 1 + K, R)
+    gold, scores = scores[:, 0], scores[:, 1:].flatten(0, 1)
     end = scores[:, -1]
     sums = over_ranks(torch.stack((end.sum(), end.square().sum())))
     n = len(end) * ranks()[1]
@@ -467,7 +472,6 @@ def prefix_values(discriminator, roll, batch, running, cfg):
         before = running[name]
         running[name] = now if before is None else .9 * before + .1 * now
     if cfg.relative:
-        gold = carry(score(discriminator, batch.prompt, batch.pad, batch.response, cfg), batch.mask)
         values = ((scores - gold.repeat_interleave(cfg.samples, 0)) / 2).tanh()
     else:
         std = max(running['square'] - running['mean'] ** 2, 1e-6) ** .5
