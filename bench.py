@@ -145,9 +145,10 @@ def twin(gpt, args):
 
 
 def lean_to_eos(gpt, mean_length):
-    """Shifts the logit of eos by a constant, so that 1 token in mean_length is eos."""
+    """Evens the logits out and shifts that of eos, so that 1 token in mean_length is eos."""
     with torch.no_grad():
         tokens = torch.randint(0, EOS, (4, 64), device=gpt.wte.weight.device)
+        gpt.ln_f.weight *= .1                        # else the share of eos varies from row to row
         direction = torch.zeros_like(gpt.ln_f.bias)
         direction[0] = 10.0
         gpt.ln_f.bias += direction                   # all logits move by 10 wte[:, 0]
@@ -156,7 +157,7 @@ def lean_to_eos(gpt, mean_length):
         others = logits[:, :EOS].logsumexp(-1).mean()
         wanted = others - np.log(max(mean_length - 1, 1e-3))
         gpt.wte.weight[EOS] = 0
-        gpt.wte.weight[EOS, 0] = wanted / gpt.ln_f(gpt.hidden(gpt.embed(tokens)))[..., 0].mean()
+        gpt.wte.weight[EOS, 0] = wanted / gpt.hidden(gpt.embed(tokens))[..., 0].mean()
     return gpt
 
 
