@@ -411,7 +411,7 @@ def main(argv=None):
     if args.prompt + args.response > 1024:
         sys.exit(f'--prompt {args.prompt} + --response {args.response} exceed 1024: lower them')
     torch.manual_seed(0)
-    torch._dynamo.config.cache_size_limit = 32
+    torch._dynamo.config.cache_size_limit = 64
     gpt = GPT(GPTConfig(1024, EOS + 1, args.n_layer, args.n_head, args.n_embd)).to(args.device)
     gpt.eval()
     found = {}

@@ -126,7 +126,7 @@ MONTHS = 'March April May June July August'.split()
 YEARS = [str(y) for y in range(1901, 1931)]
 WORDS = (FIRST + LAST + VERBS + LOOKS + STUFF + THINGS + CITIES + MONTHS + YEARS
          + 'In the in . Who What Where When was it by did do ?'.split() + [UNANSWERABLE])
-TOY_SIZE = {'train': 8000, 'dev': 500}
+TOY_SIZE = {'train': (8000, 100_000), 'dev': (500, 500)}   # examples: toy, toy-varied
 SPANS = {'who': ['{0} {1}', '{1}', '{0}'], 'where': ['{0}', 'in {0}'],
          'what': ['{0} {1} {2} {3}', '{3}', '{2} {3}', '{1} {2} {3}'],
          'when': ['{0} {1}', '{1}', '{0}', 'In {0} {1}']}
@@ -169,7 +169,7 @@ def toy_examples(split, size=None, varied=False):
                 'when': f'When was {f["what"]} {f["verb"]} ?'}[kind]
 
     examples = []
-    for i in range(size or TOY_SIZE[split]):
+    for i in range(size or TOY_SIZE[split][varied]):
         f = fact()
         if rng.random() < 1 / 3:
             kind = without = pick(['who', 'where', 'when'])

@@ -76,7 +76,7 @@ class Config:
     iters: int = 1000                # rollouts
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, responses to each prompt
-    temperature: float = 1.0         # divides the logits of a rollout and of the policy learned
+    temperature: float = 1.0         # of rollouts and of the policy learned; evaluation takes .8
     micro_batch: int = 64            # responses of one backward pass; lower it to save memory
     grad_clip: float = 1.0           # largest gradient norm, of each network
     beta: float = 0.02               # weight of the KL from the warm start, per nat
@@ -303,15 +303,15 @@ def encode(generator, prompt, pad, response, mask, tau, rng, soft, cfg):
         onehots = torch.zeros(*response.shape, generator.config.vocab_size, device=response.device)
         return onehots.scatter_(-1, response[..., None], 1.0)
     with autocast(cfg):
-        logits = response_logits(generator, prompt, response, pad, cfg)
+        logits = response_logits(generator, prompt, pad, response, cfg)
     noise = conditional_noise(logits, response, rng)
     return relax(logits, noise, response, mask, tau, hard=False)
 
 
-def response_logits(network, prompt, response, pad, cfg):
+def response_logits(network, prompt, pad, response, cfg):
     """Logits (B*K, R, V) over the temperature of K responses, side by side, to each prompt (B, P),
     in one parallel pass."""
-    return network.head(network.before(prompt, pad, response) / cfg.temperature)
+    return network.head(network.response_hidden(prompt, pad, response) / cfg.temperature)
 
 
 @torch.no_grad()
@@ -319,7 +319,7 @@ def score(discriminator, prompt, pad, response, cfg):
     """Scores s_t (B*K, R) of K responses, side by side, to each prompt (B, P), logits."""
     K = len(response) // len(prompt)
     n = max(1, cfg.micro_batch // K)
-    parts = zip(prompt.split(n), response.split(n * K), pad.split(n))
+    parts = zip(prompt.split(n), pad.split(n), response.split(n * K))
     with autocast(cfg):
         return torch.cat([discriminator(*part) for part in parts])
 
@@ -443,7 +443,7 @@ def gradient_penalty(discriminator, prompt, pad, real, real_mask):
     """
     real = real.to(discriminator.score.weight.dtype).requires_grad_()
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance('force_eager'):
-        s = carry(discriminator(prompt, real, pad), real_mask)[:, -1]
+        s = carry(discriminator(prompt, pad, real), real_mask)[:, -1]
         grad, = torch.autograd.grad(s.sum(), real, create_graph=True)
     return grad.square().mean(-1).sum() / len(real)
 
@@ -478,7 +478,7 @@ def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, 
         with autocast(cfg), torch.set_grad_enabled(learn):
             response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
                 (gold, sample), (p.real_mask, p.fake_mask)))
-            scores = carry(discriminator(p.prompt, response, p.pad), mask)   # (2 n, R)
+            scores = carry(discriminator(p.prompt, p.pad, response), mask)   # (2 n, R)
             real, fake = scores[::2], scores[1::2]
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
         if learn:
@@ -521,14 +521,14 @@ def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anc
         encoded = encode(generator, prompt, pad, gold, gold_mask, tau, rng, cfg.encoding == 'soft',
                          cfg)
         with autocast(cfg):
-            logits = response_logits(generator, prompt, r.response, pad, cfg)
+            logits = response_logits(generator, prompt, pad, r.response, cfg)
             with torch.no_grad():
-                ref_logits = response_logits(reference, prompt, r.response, pad, cfg)
-                real = carry(discriminator(prompt, encoded, pad), gold_mask)
+                ref_logits = response_logits(reference, prompt, pad, r.response, cfg)
+                real = carry(discriminator(prompt, pad, encoded), gold_mask)
         z = relax(logits, r.noise, r.response, r.mask, tau, cfg.encoding == 'hard')
         shown = z.detach().requires_grad_()          # the discriminator's weights get no gradient
         with autocast(cfg):
-            fake = carry(discriminator(prompt, shown, pad), r.mask)
+            fake = carry(discriminator(prompt, pad, shown), r.mask)
         differ = (r.response != gold).cumsum(1) > 0                          # (n, R)
         where = differ & (r.mask | gold_mask)
         if not cfg.d_prefixes:
@@ -601,10 +601,11 @@ def prepare(cfg):
     cuda = cfg.device.startswith('cuda')
     cfg.dtype = ('bfloat16' if cuda else 'float32') if cfg.dtype == 'auto' else cfg.dtype
     cfg.compile = cuda if cfg.compile is None else cfg.compile
-    keep_freed_memory()
+    if not cuda:
+        keep_freed_memory()
     torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
     # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
-    torch._dynamo.config.cache_size_limit = 32     # recompile_limit since torch 2.7
+    torch._dynamo.config.cache_size_limit = 64     # recompile_limit since torch 2.7
     rank, n_ranks = ranks()
     for name in 'batch_size', 'sft_batch_size', 'minibatch', 'pretrain_batch_size':
         multiple = n_ranks * (cfg.samples if name == 'minibatch' else 1)

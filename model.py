@@ -56,18 +56,18 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by `few_rows_linear` where that is faster: in decoding, on a CPU."""
+    """nn.Linear, by `few_rows_linear` where that is faster, as in decoding on a CPU."""
 
     def forward(self, x):
         return few_rows_linear(x, self.weight, self.bias)
 
 
 def few_rows_linear(x, weight, bias=None):
-    """F.linear, by W x^T where that is faster: a CPU, float32, at most 64 rows, no gradient."""
-    rows = x.numel() // x.size(-1)
-    if (x.is_cuda or rows > 64 or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
-            or torch.compiler.is_compiling()):
+    """F.linear, by W x^T where that is faster: a CPU, at most 64 rows, no gradient, no autocast."""
+    if (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != 'cpu'
+            or torch.is_autocast_enabled('cpu') or x.numel() > 64 * x.size(-1)):
         return F.linear(x, weight, bias)
+    rows = x.numel() // x.size(-1)
     y = (weight @ x.reshape(rows, -1).t()).t().contiguous()
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
 
@@ -181,7 +181,7 @@ class GPT(nn.Module):
                  None for all
         shared   (P, R): P columns of prompt, then responses of R columns each that go on from it
                  and are blind to one another; needs `pad`. None for one sequence a row
-        returns  (B, last, C)
+        returns  (B, last, C), or (B, T, C)
         """
         B, T, _ = x.shape
         columns = torch.arange(first, first + T, device=x.device) if slot is None else slot
@@ -203,12 +203,13 @@ class GPT(nn.Module):
                     mask = mask & ((whose < 0) | (whose == whose[:, None]))
         x = self.dropout(x + self.wpe(positions))
         for i, block in enumerate(self.h):
-            if i == len(self.h) - 1 and last is not None and last < T:
+            # not compiled, where a narrower block would be one more graph for each size
+            if i == len(self.h) - 1 and last is not None and last < T and not self.compiled:
                 if mask is None:
                     mask = (columns <= columns[:, None])[None, None]         # (1, 1, T, T)
                 mask = mask[:, :, -last:]
             x = block(x, mask, None if cache is None else cache[:, i], columns)
-        return self.ln_f(x)
+        return self.ln_f(x if last is None else x[:, -last:])
 
     def head(self, x):
         """Logits (..., V) of trunk outputs (..., C)."""
@@ -245,15 +246,17 @@ class GPT(nn.Module):
         response  (B*K, R) ids, those of one prompt side by side
         returns   logprobs, entropy (B*K, R) in nats
         """
-        return self.token_logprobs(self.before(prompt, pad, response), response, temperature)
+        return self.token_logprobs(self.response_hidden(prompt, pad, response), response,
+                                   temperature)
 
-    def before(self, prompt, pad, response):
+    def response_hidden(self, prompt, pad, response):
         """Trunk outputs (B*K, R, C) that each token of responses (B*K, R) is predicted from."""
         B, P = prompt.shape
-        K, R = len(response) // max(1, B), response.size(1)
+        K, R = len(response) // B, response.size(1)
+        assert len(response) == K * B, (prompt.shape, response.shape)
         tail = response[:, :-1].reshape(B, K * (R - 1))
         x = self.hidden(self.embed(torch.cat((prompt, tail), 1)), pad, last=1 + tail.size(1),
-                        shared=(P, R - 1) if K > 1 < R else None)
+                        shared=(P, R - 1) if K > 1 and R > 1 else None)
         x = torch.cat((x[:, :1].expand(-1, K, -1)[:, :, None], x[:, 1:].unflatten(1, (K, R - 1))),
                       2)                                                     # (B, K, R, C)
         return x.flatten(0, 1)
@@ -493,19 +496,19 @@ class Discriminator(nn.Module):
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
-    def forward(self, prompt, response, pad=None):
+    def forward(self, prompt, pad, response):
         """
         prompt    (B, P) ids, or (B, P, V) one-hots
+        pad       (B,) padding tokens at the left of each row
         response  (B*K, R) ids, or (B*K, R, V) one-hots, through which gradients flow; those of one
                   prompt, which runs through the trunk once for them, side by side
-        pad       (B,) padding tokens at the left of each row
         returns   (B*K, R) scores at every response position, float32
         """
         B, P, N, R = *prompt.shape[:2], *response.shape[:2]
-        pad = torch.zeros(B, dtype=torch.long, device=prompt.device) if pad is None else pad
+        assert N % B == 0, (prompt.shape, response.shape)
         x = torch.cat((self.trunk.embed(prompt),
-                       self.trunk.embed(response).view(B, N // max(1, B) * R, -1)), dim=1)
-        x = self.trunk.hidden(x, pad, last=x.size(1) - P, shared=(P, R) if N > B else None)
+                       self.trunk.embed(response).view(B, N // B * R, -1)), dim=1)
+        x = self.trunk.hidden(x, pad, last=N // B * R, shared=(P, R) if N > B else None)
         return linear_in_float32(x, self.score.weight, self.score.bias).view(N, R)
 
     def compile(self):

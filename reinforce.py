@@ -73,7 +73,7 @@ class Config:
     iters: int = 1000                # rollouts
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, responses to each prompt
-    temperature: float = 1.0         # divides the logits of a rollout and of the policy learned
+    temperature: float = 1.0         # of rollouts and of the policy learned; evaluation takes .8
     micro_batch: int = 64            # responses of one backward pass; lower it to save memory
     grad_clip: float = 1.0           # largest gradient norm, of each network
     beta: float = 0.02               # weight of the KL from the warm start, per nat
@@ -294,7 +294,7 @@ def score(discriminator, prompt, pad, response, cfg):
     """Scores s_t (B*K, R) of K responses, side by side, to each prompt (B, P), logits."""
     K = len(response) // len(prompt)
     n = max(1, cfg.micro_batch // K)
-    parts = zip(prompt.split(n), response.split(n * K), pad.split(n))
+    parts = zip(prompt.split(n), pad.split(n), response.split(n * K))
     with autocast(cfg):
         return torch.cat([discriminator(*part) for part in parts])
 
@@ -434,7 +434,7 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
         with autocast(cfg), torch.set_grad_enabled(learn):
             response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
                 (p.real, p.fake), (p.real_mask, p.fake_mask)))
-            scores = carry(discriminator(p.prompt, response, p.pad), mask)   # (2 n, R)
+            scores = carry(discriminator(p.prompt, p.pad, response), mask)   # (2 n, R)
             real, fake = scores[::2], scores[1::2]
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
         if learn:
@@ -561,10 +561,11 @@ def prepare(cfg):
     cuda = cfg.device.startswith('cuda')
     cfg.dtype = ('bfloat16' if cuda else 'float32') if cfg.dtype == 'auto' else cfg.dtype
     cfg.compile = cuda if cfg.compile is None else cfg.compile
-    keep_freed_memory()
+    if not cuda:
+        keep_freed_memory()
     torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
     # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
-    torch._dynamo.config.cache_size_limit = 32     # recompile_limit since torch 2.7
+    torch._dynamo.config.cache_size_limit = 64     # recompile_limit since torch 2.7
     rank, n_ranks = ranks()
     for name in 'batch_size', 'sft_batch_size', 'minibatch', 'pretrain_batch_size':
         multiple = n_ranks * (cfg.samples if name == 'minibatch' else 1)

@@ -194,7 +194,7 @@ def fresh_discriminator(trunk, split, fake, fake_mask, args):
         b = split.batch(rows, args.device)
         response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
             (b.response, fake[rows]), (b.mask, fake_mask[rows])))
-        scores = carry(network(b.prompt, response, b.pad), mask)
+        scores = carry(network(b.prompt, b.pad, response), mask)
         real, sampled = scores[::2], scores[1::2]
         differ = (b.response != fake[rows]).cumsum(1) > 0
         return real - sampled, differ & (b.mask | fake_mask[rows])
@@ -244,8 +244,9 @@ def drift(generator, base, split, args):
         batch = split.batch(rows, args.device)
         response, mask, _ = generator.generate(batch.prompt, batch.pad, batch.response.size(1),
                                                split.eos, rng=rng)
-        logp, base_logp = (g.head(g.before(batch.prompt, batch.pad, response)).log_softmax(-1)
-                           for g in (generator, base))                       # (n, R, V)
+        logp, base_logp = (
+            g.head(g.response_hidden(batch.prompt, batch.pad, response)).log_softmax(-1)
+            for g in (generator, base))                                      # (n, R, V)
         kl += ((logp.exp() * (logp - base_logp)).sum(-1) * mask).sum().item()
         kl_tokens += mask.sum().item()
         logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response)

@@ -161,7 +161,8 @@ def test_ids_and_onehots_embed_bit_for_bit():
     scorer = Discriminator(gpt).eval()
     torch.nn.init.normal_(scorer.score.weight)
     prompt, response = tokens[:, :4], tokens[:, 4:]
-    assert torch.equal(scorer(prompt, response), scorer(prompt, F.one_hot(response, 13).float()))
+    pad = torch.zeros(4, dtype=torch.long)
+    assert torch.equal(*(scorer(prompt, pad, x) for x in (response, F.one_hot(response, 13).float())))
 
 
 def test_left_padding_changes_no_logit():
@@ -193,9 +194,9 @@ def test_responses_that_share_a_prompt_are_as_if_alone():
         weight = torch.randn(4 * K, R).double()
         a, b = (gradient(gpt, (z[0] * weight).sum()) for z in (wanted, got))
         assert (a - b).abs().max() < 1e-9 and a.abs().max() > 1e-3
-        wanted = discriminator(prompt.repeat_interleave(K, 0), response, pad.repeat_interleave(K))
+        wanted = discriminator(prompt.repeat_interleave(K, 0), pad.repeat_interleave(K), response)
         for kind in response, F.one_hot(response, 13).double():
-            got = discriminator(prompt, kind, pad)
+            got = discriminator(prompt, pad, kind)
             assert got.shape == (4 * K, R) and (wanted - got).abs().max() < 1e-9
         a, b = (gradient(discriminator, (z * weight).sum()) for z in (wanted, got))
         assert (a - b).abs().max() < 1e-9 and a.abs().max() > 1e-3
@@ -712,8 +713,8 @@ def test_a_reward_is_the_margin_to_the_gold_answer():
                              None, None)
     running = {'mean': None, 'square': None}
     values, mean = reinforce.prefix_values(network, roll, batch, running, cfg)
-    s = network(roll.prompt, response, roll.pad)
-    s_gold = network(prompt, gold, pad).repeat_interleave(2, 0)
+    s = network(roll.prompt, roll.pad, response)
+    s_gold = network(prompt, pad, gold).repeat_interleave(2, 0)
     ends = [[2, 2], [2, 3], [1, 0], [1, 3]]          # last columns of the gold answer and of ours
     for row, (a, b) in enumerate(ends):
         for t in range(4):
@@ -746,7 +747,7 @@ def test_discriminator_gradient_is_that_of_the_objective():
         cfg.d_prefixes, cfg.device, cfg.dtype, cfg.micro_batch = prefixes, 'cpu', 'float32', 2
         out = reinforce.discriminator_step(network, optimizer, pairs, 3, False, cfg)
         got = optimizer.kept
-        s_real, s_fake = network(prompt, real, pad), network(prompt, fake, pad)
+        s_real, s_fake = network(prompt, pad, real), network(prompt, pad, fake)
         loss, right = 0., []
         # (row, first difference): row 1 is a tie and in no loss
         for row, first in (0, 1), (2, 0):
@@ -1026,7 +1027,7 @@ def test_the_replayed_pass_gives_the_sampled_tokens():
     for kind, margin in (torch.float32, 0), (torch.bfloat16, .02):   # near ties may flip
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, kind == torch.bfloat16):
             gpt, _, r = small_rollout()
-            logits = gumbel.response_logits(gpt, r.prompt, r.response, r.pad, AT_HALF)
+            logits = gumbel.response_logits(gpt, r.prompt, r.pad, r.response, AT_HALF)
         values = logits + r.noise
         lost = values.max(-1).values - values.gather(-1, r.response[..., None])[..., 0]
         assert lost[r.mask].max() <= margin, (kind, lost)
@@ -1077,7 +1078,7 @@ def test_gumbel_gradient_is_that_of_the_sequential_sampler():
         onehot = torch.zeros_like(y).scatter(1, r.response[:, t:t + 1], 1.)
         columns.append(torch.where(r.mask[:, t:t + 1], onehot + y - y.detach(), onehot))
     wanted = gradient_of(gpt, discriminator, r, torch.stack(columns, 1))
-    z = gumbel.relax(gumbel.response_logits(gpt, r.prompt, r.response, r.pad, AT_HALF), r.noise,
+    z = gumbel.relax(gumbel.response_logits(gpt, r.prompt, r.pad, r.response, AT_HALF), r.noise,
                      r.response, r.mask, .7, hard=True)
     for a, b in zip(wanted, gradient_of(gpt, discriminator, r, z)):
         assert (a - b).abs().max() < 1e-9
@@ -1086,7 +1087,7 @@ def test_gumbel_gradient_is_that_of_the_sequential_sampler():
 
 def gradient_of(gpt, discriminator, r, z):
     """Of the mean score of samples z by the generator's parameters."""
-    s = model.carry(discriminator(r.prompt, z, r.pad), r.mask)[:, -1]
+    s = model.carry(discriminator(r.prompt, r.pad, z), r.mask)[:, -1]
     return torch.autograd.grad(s.mean(), list(gpt.parameters()))
 
 
@@ -1131,7 +1132,7 @@ def test_gumbel_steps_take_the_gradient_of_their_parts():
         value = onehots if encoding == 'hard' else soft.detach()
         z = torch.where(r.mask[..., None], value + soft - soft.detach(), onehots)
         shown = encoded(gold, gold_mask, encoding == 'soft', rngs[1])
-        fake, real = (discriminator(r.prompt, x, r.pad) for x in (z, shown))
+        fake, real = (discriminator(r.prompt, r.pad, x) for x in (z, shown))
         g_loss = loss(real.detach(), fake, 1, 6)
         p = logits.softmax(-1)
         kl = ((p * (p.log() - ref_logits.log_softmax(-1))).sum(-1) * r.mask).sum()
@@ -1144,7 +1145,7 @@ def test_gumbel_steps_take_the_gradient_of_their_parts():
         rngs, optimizer = [torch.Generator().manual_seed(2) for _ in range(2)], Keep(discriminator)
         record = gumbel.discriminator_step(discriminator, gpt, optimizer, pairs, 6, False, .7,
                                            rngs[0], cfg)
-        real, fake = (discriminator(r.prompt, encoded(*answer, soft, rngs[1]), r.pad)
+        real, fake = (discriminator(r.prompt, r.pad, encoded(*answer, soft, rngs[1]))
                       for *answer, soft in ((gold, gold_mask, encoding == 'soft'),
                                             (r.response, r.mask, encoding != 'hard')))
         wanted = gradient(discriminator, loss(real, fake, -1, 5))
@@ -1188,7 +1189,7 @@ def test_gradient_penalty_against_finite_differences():
     _, discriminator, r = small_rollout(torch.float64)
 
     def score(onehots):
-        return model.carry(discriminator(r.prompt, onehots, r.pad), r.mask)[:, -1]
+        return model.carry(discriminator(r.prompt, r.pad, onehots), r.mask)[:, -1]
 
     with torch.no_grad():
         onehots, wanted = F.one_hot(r.response, 13).double(), 0.0
