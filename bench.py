@@ -7,8 +7,8 @@ $ python bench.py --only rollout --dtype bfloat16 --batch 32 --json speed.json
 The model is a GPT-2 of random weights, 124M parameters unless told otherwise; the peers are the
 same weights in `transformers` and in TRL's RLOO trainer, left out where those are not installed. A
 tilted bias makes <|endoftext|> as likely at each token as --mean_length says, for the ragged
-rollout; elsewhere it never comes. Ours runs with the allocator as our scripts set it, the peers
-with glibc's own settings.
+rollout; elsewhere it never comes. On a CPU ours runs with the allocator as our scripts set it, the
+peers with glibc's own settings.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from model import GPT, Discriminator, GPTConfig, keep_freed_memory
 
 EOS = 50256
 # the makers' figures: TFLOP/s in dense bfloat16, GB/s of memory
-PEAKS = {'H100': (989, 3350), 'H200': (989, 4800), 'A100': (312, 2039)}
+PEAKS = {'H100 80GB HBM3': (989, 3350), 'H200': (989, 4800), 'A100-SXM4-80GB': (312, 2039)}
 
 
 def give_memory_back():
@@ -86,17 +86,18 @@ def report(title, seconds, found, tokens=None, limit=None):
 
 
 def peaks(args):
-    """TFLOP/s and GB/s of the device; None where neither flags nor PEAKS tell."""
-    if args.tflops and args.gbs:
-        return args.tflops, args.gbs
+    """TFLOP/s and GB/s of the device; None where neither flags nor, for bfloat16, PEAKS tell."""
     name = torch.cuda.get_device_name() if args.device.startswith('cuda') else ''
-    return next((peak for key, peak in PEAKS.items() if key in name), None)
+    known = [peak for key, peak in PEAKS.items() if key in name and args.dtype == 'bfloat16']
+    tflops, gbs = known[0] if known else (None, None)
+    return args.tflops or tflops, args.gbs or gbs
 
 
 def rollout_limit(gpt, prompts, K, args):
     """Seconds that arithmetic of the prompts and traffic of the tokens take at the peaks, or None:
     each token reads all weights once, and its rows' keys and values up to it."""
-    if not peaks(args):
+    tflops, gbs = peaks(args)
+    if not tflops or not gbs:
         return None
     c, size = gpt.config, 2 if args.dtype == 'bfloat16' else 4
     trunk, head = sum(p.numel() for p in gpt.h.parameters()), c.vocab_size * c.n_embd
@@ -104,19 +105,19 @@ def rollout_limit(gpt, prompts, K, args):
     flops = prompts * (P * (2 * trunk + 2 * P * width) + 2 * head)
     cached = sum(range(P + 1, P + R)) * prompts * K * 2 * width
     traffic = ((R - 1) * (trunk + head) + cached) * size
-    tflops, gbs = peaks(args)
     return flops / tflops / 1e12 + traffic / gbs / 1e9
 
 
 def train_limit(gpt, rows, args):
     """Seconds of a training step's arithmetic at the peak, so that the share of it is the MFU, or
     None: forward and twice as much backward, attention causal, the head at the response alone."""
-    if not peaks(args):
+    tflops, _ = peaks(args)
+    if not tflops:
         return None
     c, T = gpt.config, args.prompt + args.response
     trunk, head = sum(p.numel() for p in gpt.h.parameters()), c.vocab_size * c.n_embd
     forward = T * (2 * trunk + 2 * T * c.n_layer * c.n_embd) + args.response * 2 * head
-    return 3 * rows * forward / peaks(args)[0] / 1e12
+    return 3 * rows * forward / tflops / 1e12
 
 
 def compiled(network):
@@ -251,19 +252,21 @@ def bench_train(gpt, args, found):
 
 def config(script, args):
     """A script's Config for one iteration at the shape asked for."""
-    B = max(1, args.batch[0] // args.samples)
-    more = ['--minibatch', str(B * args.samples), '--pretrain_batch_size', '2'] \
-        if script is ppo else []
-    cfg = script.parse(['--batch_size', str(B), '--samples', str(args.samples), '--micro_batch',
-                        str(args.micro_batch), '--device', args.device, '--dtype', args.dtype,
-                        '--max_prompt', str(args.prompt), '--max_response', str(args.response),
-                        '--d_replay', '0', *more])
+    N, K = args.batch[0], args.samples
+    micro_batch = max(K, args.micro_batch // K * K)
+    more = ['--minibatch', N, '--pretrain_batch_size', 2] if script is ppo else []
+    more += ['--baseline', 'mean'] if script is reinforce and K == 1 else []
+    flags = ['--batch_size', N // K, '--samples', K, '--micro_batch', micro_batch,
+             '--device', args.device, '--dtype', args.dtype, '--max_prompt', args.prompt,
+             '--max_response', args.response, '--d_replay', 0, *more]
+    cfg = script.parse([str(flag) for flag in flags])
     cfg.compile = False
     return cfg
 
 
 def bench_iterations(gpt, args, found):
     """One iteration of each script by its stations, in seconds; the median of the turns."""
+    keep_freed_memory()
     for script in reinforce, ppo, gumbel:
         cfg = config(script, args)
         generator, reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
@@ -396,12 +399,14 @@ def main(argv=None):
     parser.add_argument('--prompt', type=int, default=256, help='P, tokens (256)')
     parser.add_argument('--response', type=int, default=32, help='R, tokens (32)')
     parser.add_argument('--mean_length', type=float, default=4.5, help='of ragged responses (4.5)')
-    parser.add_argument('--micro_batch', type=int, default=16, help='of a backward pass (16)')
+    parser.add_argument('--micro_batch', type=int, default=16,
+                        help='responses of a backward pass (16)')
     parser.add_argument('--repeats', type=int, default=3, help='turns that count (3)')
     parser.add_argument('--n_layer', type=int, default=12)
     parser.add_argument('--n_head', type=int, default=12)
     parser.add_argument('--n_embd', type=int, default=768)
-    parser.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
+    parser.add_argument('--dtype', choices=['float32', 'bfloat16'],
+                        help='bfloat16 on CUDA, float32 elsewhere')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--compile', action='store_true', help='our networks, compiled, too')
     parser.add_argument('--tflops', type=float, help="the device's peak, where PEAKS has none")
@@ -410,7 +415,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.prompt + args.response > 1024:
         sys.exit(f'--prompt {args.prompt} + --response {args.response} exceed 1024: lower them')
+    if any(n < 2 or n % args.samples for n in args.batch):
+        sys.exit(f'--batch {args.batch} with --samples {args.samples}: give multiples, at least 2')
+    if not args.dtype:
+        args.dtype = 'bfloat16' if args.device.startswith('cuda') else 'float32'
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision('high')                               # as the scripts do
     torch._dynamo.config.cache_size_limit = 64
     gpt = GPT(GPTConfig(1024, EOS + 1, args.n_layer, args.n_head, args.n_embd)).to(args.device)
     gpt.eval()

@@ -3,6 +3,7 @@ Everything checked, on a CPU and offline: `python test_all.py [part of a name]`,
 """
 
 import collections
+import contextlib
 import inspect
 import io
 import itertools
@@ -44,6 +45,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import bench
 import data
 import gumbel
 import model
@@ -162,7 +164,8 @@ def test_ids_and_onehots_embed_bit_for_bit():
     torch.nn.init.normal_(scorer.score.weight)
     prompt, response = tokens[:, :4], tokens[:, 4:]
     pad = torch.zeros(4, dtype=torch.long)
-    assert torch.equal(*(scorer(prompt, pad, x) for x in (response, F.one_hot(response, 13).float())))
+    kinds = response, F.one_hot(response, 13).float()
+    assert torch.equal(*(scorer(prompt, pad, kind) for kind in kinds))
 
 
 def test_left_padding_changes_no_logit():
@@ -2037,6 +2040,7 @@ def test_control_spends_the_time_of_a_run_on_mle():
 def compiled_equals_eager(script, *more):
     if not shutil.which('g++'):
         raise unittest.SkipTest('torch.compile needs g++ on CPU')
+    torch._dynamo.reset()                            # what another script compiled is not its own
     figures, graphs, rollout = [], [], script.rollout
 
     def counted(*args):
@@ -2048,12 +2052,13 @@ def compiled_equals_eager(script, *more):
         # evaluation and rollout in batches of one size: a graph for each costs seconds
         train(script, out, *SMALL, '--d_dropout', '0', flag, '--sft_iters', '1', '--iters', '5',
               '--eval_prompts', '8', '--eval_interval', '5', '--d_warmup_iters', '0',
-              '--samples', '1', '--d_samples', '1', *more)
+              '--n_layer', '2', *more)
         script.rollout = rollout
         figures.append([r for r in records(out) if 'g_loss' in r])
     assert len(figures[0]) >= 4
     start, first, second, *later = graphs[5:]        # of the compiled run, before each iteration
     assert second > start and all(n == second for n in later), graphs
+    assert second - graphs[0] < 16, graphs           # one for all layers, or it were twice as many
     for a, b in zip(*figures):
         for key in 'g_norm', 'kl', 'entropy', 'reward', 'd_loss', 'mle', 'v_loss', 'pretrain':
             if key in a:
@@ -2061,9 +2066,25 @@ def compiled_equals_eager(script, *more):
 
 
 def test_compiled_runs_equal_eager_ones():           # one test: they share most kernels
-    compiled_equals_eager(reinforce, '--baseline', 'mean')
-    compiled_equals_eager(ppo, '--minibatch', '8')
+    compiled_equals_eager(reinforce)
+    compiled_equals_eager(ppo, '--minibatch', '16')
     compiled_equals_eager(gumbel)
+
+
+def test_bench_races_and_refuses():
+    """That every race of the bench runs, with and without several samples; no figure is judged."""
+    tiny = ['--prompt', '8', '--response', '4', '--n_layer', '1', '--n_head', '1', '--n_embd', '8',
+            '--repeats', '1', '--device', 'cpu', '--tflops', '1', '--gbs', '100']
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for samples, stations in (2, ['rollout', 'train', 'iterations']), (1, ['iterations']):
+            bench.main(['--only', *stations, '--batch', '4', '--samples', str(samples), '--json',
+                        str(SCRATCH / 'bench.json'), *tiny])
+            races = json.loads((SCRATCH / 'bench.json').read_text())['races']
+            assert len(races) == (7 if samples == 2 else 3), races.keys()
+            assert all(s > 0 for r in races.values() for s in r.get('seconds', r).values())
+    assert 'of the limit' in out.getvalue()
+    for batch in '6', '0':
+        raises(SystemExit, ['--batch', '--samples 4'], bench.main, ['--batch', batch])
 
 
 def test_health_knows_a_collapse():
