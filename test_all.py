@@ -168,6 +168,23 @@ def test_ids_and_onehots_embed_bit_for_bit():
     assert torch.equal(*(scorer(prompt, pad, kind) for kind in kinds))
 
 
+def test_a_linear_layer_is_the_same_with_and_without_gradient():
+    """Without, a CPU takes oneDNN's own call; with GELU, without a bias, of no rows, in float64."""
+    for shape, bias, gelu, dtype in itertools.product(
+            ((5, 7, 12), (0, 12), (40, 12)), (True, False), (True, False),
+            (torch.float32, torch.float64)):
+        x, weight = torch.randn(shape, dtype=dtype), torch.randn(9, 12, dtype=dtype)
+        b = torch.randn(9, dtype=dtype) if bias else None
+        wanted = x @ weight.t() + (b if bias else 0)
+        if gelu:
+            wanted = .5 * wanted * (1 + (math.sqrt(2 / math.pi)
+                                         * (wanted + .044715 * wanted ** 3)).tanh())
+        for grad in True, False:
+            with torch.set_grad_enabled(grad):
+                got = model.linear(x, weight, b, gelu)
+            assert got.shape == wanted.shape and torch.allclose(got, wanted, atol=1e-5)
+
+
 def test_left_padding_changes_no_logit():
     gpt, tokens = tiny_gpt(), torch.randint(0, 13, (3, 10))
     pad = torch.tensor([0, 4, 9])
