@@ -102,6 +102,28 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, q.size(2), C))
 
 
+    def prefill(self, x, runs, cache, P, last):
+        """
+        Whole prompts without padding, one after another, each attending to itself.
+
+        x        (N, C), in runs of (rows, tokens) of one length
+        cache    keys and values (2, B*K, H, P + R, D), to be written up to column P
+        last     ask for each prompt's last token alone
+        returns  (N, C), or (B, C) with last
+        """
+        qkv = self.c_attn(x).view(len(x), 3, self.n_head, -1)
+        caches, row, out = cache.unflatten(1, (sum(rows for rows, _ in runs), -1)), 0, []
+        for part, (rows, T) in zip(qkv.split([rows * T for rows, T in runs]), runs):
+            q, k, v = part.unflatten(0, (rows, T)).permute(2, 0, 3, 1, 4)    # (rows, H, T, D) each
+            for buffer, z in zip(caches, (k, v)):                            # (B, K, H, P + R, D)
+                buffer[row:row + rows, :, :, P - T:P] = z[:, None]
+            y = F.scaled_dot_product_attention(q[:, :, -1:] if last else q, k, v,
+                                               is_causal=not last)
+            out.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
+            row += rows
+        return self.c_proj(torch.cat(out))
+
+
 class MLP(nn.Module):
 
     def __init__(self, config):
@@ -172,7 +194,7 @@ class GPT(nn.Module):
             return tokens @ self.wte.weight
         return self.wte(tokens)
 
-    def hidden(self, x, pad=None, cache=None, slot=None, first=0, last=None, shared=None):
+    def hidden(self, x, pad=None, cache=None, slot=None, last=None, shared=None):
         """
         The trunk: token embeddings in, the last layer norm's output out.
 
@@ -180,7 +202,6 @@ class GPT(nn.Module):
         pad      (B,) padding tokens at the left of each row; None for none
         cache    (2, L, B*K, H, P + R, D) keys and values, written in place; needs `pad`
         slot     (1,) column of the one token of a decoding step; None for a pass over whole rows
-        first    column of the first token of such a pass, where all before it is padding
         last     so many columns on the right are wanted, and the last block computes no others;
                  None for all
         shared   (P, R): P columns of prompt, then responses of R columns each that go on from it
@@ -188,7 +209,7 @@ class GPT(nn.Module):
         returns  (B, last, C), or (B, T, C)
         """
         B, T, _ = x.shape
-        columns = torch.arange(first, first + T, device=x.device) if slot is None else slot
+        columns = torch.arange(T, device=x.device) if slot is None else slot
         positions, mask, places = columns.expand(B, T), None, columns
         if shared is not None:
             P, R = shared
@@ -199,7 +220,7 @@ class GPT(nn.Module):
             keys = columns if slot is None else torch.arange(cache.size(4), device=x.device)
             # rows without padding take plain causal attention, which is faster; not on a GPU, where
             # the host would wait to know, nor compiled, where there would be two graphs
-            if shared or slot is not None or self.compiled or pad.is_cuda or (pad > first).any():
+            if shared or slot is not None or self.compiled or pad.is_cuda or pad.any():
                 # the diagonal too: a padding query sees no key, and a softmax over nothing is NaN
                 mask = (keys >= pad[:, None])[:, None] & (keys <= columns[:, None])
                 mask = (mask | (keys == columns[:, None]))[:, None]          # (B, 1, T, keys)
@@ -214,6 +235,26 @@ class GPT(nn.Module):
                 mask = mask[:, :, -last:]
             x = block(x, mask, None if cache is None else cache[:, i], columns)
         return self.ln_f(x if last is None else x[:, -last:])
+
+    def prefill(self, prompt, pad, cache):
+        """
+        Trunk outputs (B, C) at the end of prompts, as `hidden` has them; no padding is computed.
+
+        prompt   (B, P) ids, sorted by pad (B,), their padding tokens on the left
+        cache    (2, L, B*K, H, P + R, D) keys and values, written in place
+        """
+        P = prompt.size(1)
+        lengths, rows = (P - pad).unique_consecutive(return_counts=True)
+        runs = list(zip(rows.tolist(), lengths.tolist()))
+        positions = torch.arange(P, device=pad.device) - pad[:, None]        # (B, P)
+        real = positions >= 0
+        x = self.embed(prompt[real]) + self.wpe(positions[real])             # (N, C)
+        for i, block in enumerate(self.h):
+            last = i == len(self.h) - 1
+            y = block.attn.prefill(block.ln_1(x), runs, cache[:, i], P, last)
+            x = y + (x[(P - pad).cumsum(0) - 1] if last else x)
+            x = x + block.mlp(block.ln_2(x))
+        return self.ln_f(x)
 
     def head(self, x):
         """Logits (..., V) of trunk outputs (..., C)."""
@@ -313,17 +354,11 @@ class GPT(nn.Module):
         N, device = B * samples, prompt.device
         static = self.compiled or device.type == 'cuda'          # graphs want one shape
         cache, noises = self.cache(N, P + max_response), []
-        # prompts of like length run together, without the padding that all of them have
         order = torch.arange(B, device=device) if static else pad.argsort(stable=True)
-        alike = static or bool((pad == pad[0]).all())
-        size, parts = B if alike else max(2, -(-B // 8)), []
-        for start in range(0, B, size):
-            group = order[start:start + size]
-            first = 0 if static else int(pad[group].min())
-            parts.append(self.hidden(self.embed(prompt[group, first:]), pad[group],
-                                     cache[:, :, start * samples:(start + size) * samples],
-                                     first=first, last=1)[:, 0])
-        x = torch.cat(parts)                                                 # (B, C)
+        if static:
+            x = self.hidden(self.embed(prompt), pad, cache, last=1)[:, 0]    # (B, C)
+        else:
+            x = self.prefill(prompt[order], pad[order], cache)
         rows = (order[:, None] * samples + torch.arange(samples, device=device)).flatten()
         x, pad = x.repeat_interleave(samples, 0), pad[order].repeat_interleave(samples, 0)
         response = torch.full((N, max_response), eos, device=device)

@@ -266,7 +266,7 @@ def test_cached_generation_equals_uncached():
 
 
 def test_bucketed_and_shrinking_generation_equals_the_plain_one():
-    """Prompts of all lengths in groups, rows dropped as they end, against all rows to the end."""
+    """Prompts without their padding, rows dropped as they end, against all rows to the end."""
     gpt = tiny_gpt(block_size=40)
     with torch.no_grad():
         gpt.ln_f.bias[0] = 3.
