@@ -61,10 +61,14 @@ ONEDNN = (getattr(torch.ops.mkldnn, '_linear_pointwise', None)
 
 
 def linear(x, weight, bias=None, gelu=False):
-    """F.linear, then GELU's tanh form on request; by oneDNN where that is faster than the BLAS: on
-    a CPU, in float32, without gradient."""
+    """
+    F.linear, then GELU's tanh form on request; by oneDNN where that is faster than the BLAS: on a
+    CPU, in float32, without gradient, and not in toys: it keeps code for each number of rows that
+    it has met, up to a GiB in all.
+    """
     if (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != 'cpu'
-            or x.dtype != torch.float32 or torch.is_autocast_enabled('cpu') or ONEDNN is None):
+            or x.dtype != torch.float32 or torch.is_autocast_enabled('cpu')
+            or weight.numel() < 2 ** 18 or ONEDNN is None):
         y = F.linear(x, weight, bias)
         return F.gelu(y, approximate='tanh') if gelu else y
     return ONEDNN(x, weight, bias, 'gelu' if gelu else 'none', [], 'tanh' if gelu else '')

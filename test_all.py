@@ -170,11 +170,11 @@ def test_ids_and_onehots_embed_bit_for_bit():
 
 def test_a_linear_layer_is_the_same_with_and_without_gradient():
     """Without, a CPU takes oneDNN's own call; with GELU, without a bias, of no rows, in float64."""
-    for shape, bias, gelu, dtype in itertools.product(
-            ((5, 7, 12), (0, 12), (40, 12)), (True, False), (True, False),
-            (torch.float32, torch.float64)):
-        x, weight = torch.randn(shape, dtype=dtype), torch.randn(9, 12, dtype=dtype)
-        b = torch.randn(9, dtype=dtype) if bias else None
+    for rows, bias, gelu, dtype, width in itertools.product(
+            ((5, 7), (0,), (40,)), (True, False), (True, False), (torch.float32, torch.float64),
+            (12, 512)):
+        x, weight = torch.randn(*rows, width).to(dtype), torch.randn(600, width).to(dtype)
+        b = torch.randn(600).to(dtype) if bias else None
         wanted = x @ weight.t() + (b if bias else 0)
         if gelu:
             wanted = .5 * wanted * (1 + (math.sqrt(2 / math.pi)
@@ -182,7 +182,7 @@ def test_a_linear_layer_is_the_same_with_and_without_gradient():
         for grad in True, False:
             with torch.set_grad_enabled(grad):
                 got = model.linear(x, weight, b, gelu)
-            assert got.shape == wanted.shape and torch.allclose(got, wanted, atol=1e-5)
+            assert got.shape == wanted.shape and torch.allclose(got, wanted, atol=1e-4)
 
 
 def test_left_padding_changes_no_logit():
