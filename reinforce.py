@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 from model import (GPT, Discriminator, GPTConfig, carry, from_ranks, gathered, join_ranks,
                    keep_freed_memory, load_checkpoint, lock_folder, my_share, over_ranks, ranks,
-                   save_checkpoint, sum_gradients)
+                   save_checkpoint, sum_gradients, trim_freed_memory)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -829,6 +829,8 @@ def train(cfg, caught=()):
                  replay=from_ranks(tuple(replay)), running=running)
         if due and rank == 0:
             plot_curves(out)
+        if due:
+            trim_freed_memory()
         if stop:
             return None
         if it == cfg.iters:
