@@ -415,7 +415,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.prompt + args.response > 1024:
         sys.exit(f'--prompt {args.prompt} + --response {args.response} exceed 1024: lower them')
-    if any(n < 2 or n % args.samples for n in args.batch):
+    if args.samples < 1 or any(n < 2 or n % args.samples for n in args.batch):
         sys.exit(f'--batch {args.batch} with --samples {args.samples}: give multiples, at least 2')
     if not args.dtype:
         args.dtype = 'bfloat16' if args.device.startswith('cuda') else 'float32'

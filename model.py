@@ -105,7 +105,6 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, q.size(2), C))
 
-
     def prefill(self, x, runs, cache, P, last):
         """
         Whole prompts without padding, one after another, each attending to itself.
@@ -206,8 +205,8 @@ class GPT(nn.Module):
         pad      (B,) padding tokens at the left of each row; None for none
         cache    (2, L, B*K, H, P + R, D) keys and values, written in place; needs `pad`
         slot     (1,) column of the one token of a decoding step; None for a pass over whole rows
-        last     so many columns on the right are wanted, and the last block computes no others;
-                 None for all
+        last     so many columns on the right are wanted, and the last block, unless compiled,
+                 computes no others; None for all
         shared   (P, R): P columns of prompt, then responses of R columns each that go on from it
                  and are blind to one another; needs `pad`. None for one sequence a row
         returns  (B, last, C), or (B, T, C)

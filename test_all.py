@@ -2100,8 +2100,9 @@ def test_bench_races_and_refuses():
             assert len(races) == (7 if samples == 2 else 3), races.keys()
             assert all(s > 0 for r in races.values() for s in r.get('seconds', r).values())
     assert 'of the limit' in out.getvalue()
-    for batch in '6', '0':
-        raises(SystemExit, ['--batch', '--samples 4'], bench.main, ['--batch', batch])
+    for batch, samples in ('6', '4'), ('0', '4'), ('8', '0'):
+        raises(SystemExit, ['--batch', f'--samples {samples}'], bench.main,
+               ['--batch', batch, '--samples', samples])
 
 
 def test_health_knows_a_collapse():
