@@ -4,6 +4,7 @@ Everything checked, on a CPU and offline: `python test_all.py [part of a name]`,
 
 import collections
 import contextlib
+import ctypes
 import inspect
 import io
 import itertools
@@ -1592,6 +1593,30 @@ def long_runs_stay_as_large_as_they_are():
               f'{handles[10]:.0f} and {handles[-1]:.0f} handles')
         assert len(seen) == 800 and late - early < 8, (early, late)
         assert len(set(handles[10:])) == 1, handles
+
+
+def test_freed_memory_is_kept_until_it_is_trimmed():
+    """In a process of its own, 32 tensors of 8 MiB that are freed under one that stays."""
+    if not sys.platform.startswith('linux') or not hasattr(ctypes.CDLL(None), 'malloc_trim'):
+        raise unittest.SkipTest('only glibc keeps freed memory on request')
+    code = '''if True:
+        import torch
+        from pathlib import Path
+        from model import keep_freed_memory, trim_freed_memory
+        def pages():
+            return int(Path('/proc/self/statm').read_text().split()[1])
+        keep_freed_memory()
+        before = pages()
+        tensors = [torch.ones(2 ** 21) for _ in range(33)]
+        last = tensors.pop()
+        del tensors
+        kept = pages()
+        trim_freed_memory()
+        print(kept - before, pages() - before)'''
+    out = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True,
+                         check=True).stdout
+    kept, trimmed = (int(n) * resource.getpagesize() / 2 ** 20 for n in out.split())
+    assert kept > 260 and trimmed < 20, (kept, trimmed)
 
 
 def test_a_number_that_is_not_finite_ends_the_run():
