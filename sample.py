@@ -339,7 +339,8 @@ def evaluate(args):
 
 
 def table(args):
-    """Markdown of what --evaluate wrote or of runs: mean and deviation of what has one name."""
+    """Markdown of what --evaluate wrote or of runs: mean and standard deviation (over n - 1) of
+    what has one name."""
     rows = defaultdict(lambda: defaultdict(list))
     formats, links = {}, defaultdict(list)
     for name, path in names(args.table):
@@ -366,7 +367,7 @@ def table(args):
             return ', '.join(dict.fromkeys(v for v in values if v)) or '–'
         if any(map(math.isnan, values)):
             return '–'
-        spread = f' ± {np.std(values):{spec}}' if len(values) > 1 else ''
+        spread = f' ± {np.std(values, ddof=1):{spec}}' if len(values) > 1 else ''
         return f'{np.mean(values):{spec}}{spread}'
 
     columns = list(formats)

@@ -1399,7 +1399,7 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     head, rule, *rows = printed('--table', *files).strip().splitlines()
     assert len(rows) == 2 and all(r.count('|') == head.count('|') == rule.count('|') for r in rows)
     ems = [json.loads(f.read_text())['results']['tuned']['em'] for f in files]
-    assert rows[1].startswith(f'| tuned | {np.mean(ems):.1f} ± {np.std(ems):.1f} |'), rows[1]
+    assert rows[1].startswith(f'| tuned | {np.mean(ems):.1f} ± {np.std(ems, ddof=1):.1f} |'), rows[1]
     assert f'[1]({files[0]}) [2]({files[1]})' in rows[1]
 
     with open(runs[1] / 'metrics.jsonl', 'a') as f:
