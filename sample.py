@@ -288,7 +288,8 @@ COLUMNS = {  # header: format, value of the figures
     'HasAns F1': ('.1f', lambda f: f.get('has_f1', math.nan)),
     'NoAns F1': ('.1f', lambda f: f.get('no_f1', math.nan)),
     'F1 sampled': ('.1f', lambda f: f['sample_f1']),
-    'told apart %': ('.1f', lambda f: 100 * f['fresh']['accuracy']),
+    'told apart %': ('.1f', lambda f: 100 * f['fresh']['accuracy']
+                     if f['fresh']['pairs'] >= 100 else math.nan),       # noise, of fewer
     'of all %': ('.1f', lambda f: 100 * of_all(f)),
     'by length %': ('.1f', lambda f: 100 * f['fresh']['length_accuracy']),
     'ties %': ('.1f', lambda f: 100 * f['fresh']['ties'] / f['prompts']),
@@ -297,7 +298,7 @@ COLUMNS = {  # header: format, value of the figures
     'length dist.': ('.3f', lambda f: f['length_distance']),
     'KL': ('.3f', lambda f: f['kl']), 'perplexity': ('.2f', lambda f: f['perplexity'])}
 IN_TABLE = ['EM', 'F1', 'F1 sampled', 'told apart %', 'of all %', 'ties %', 'distinct-2',
-            'length dist.', 'KL']
+            'length dist.', 'KL', 'perplexity']
 
 
 def evaluate(args):
@@ -340,7 +341,7 @@ def evaluate(args):
 
 def table(args):
     """Markdown of what --evaluate wrote or of runs: mean and standard deviation (over n - 1) of
-    what has one name."""
+    what has one name; a dash for what one of them lacks."""
     rows = defaultdict(lambda: defaultdict(list))
     formats, links = {}, defaultdict(list)
     for name, path in names(args.table):

@@ -1399,8 +1399,18 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     head, rule, *rows = printed('--table', *files).strip().splitlines()
     assert len(rows) == 2 and all(r.count('|') == head.count('|') == rule.count('|') for r in rows)
     ems = [json.loads(f.read_text())['results']['tuned']['em'] for f in files]
-    assert rows[1].startswith(f'| tuned | {np.mean(ems):.1f} ± {np.std(ems, ddof=1):.1f} |'), rows[1]
+    mean, spread = np.mean(ems), np.std(ems, ddof=1)
+    assert rows[1].startswith(f'| tuned | {mean:.1f} ± {spread:.1f} |'), rows[1]
     assert f'[1]({files[0]}) [2]({files[1]})' in rows[1]
+    column = head.split(' | ').index('told apart %')
+    assert rows[1].split(' | ')[column] == '–'                               # of 20 pairs at most
+    for f in files:                                                          # as if of more
+        found = json.loads(f.read_text())
+        for figures in found['results'].values():
+            figures['fresh'] |= {'pairs': 200, 'accuracy': .75}
+        f.write_text(json.dumps(found))
+    row = printed('--table', *files).strip().splitlines()[-1]
+    assert row.split(' | ')[column] == '75.0 ± 0.0', row
 
     with open(runs[1] / 'metrics.jsonl', 'a') as f:
         f.write(json.dumps({'iter': 3, 'collapsed': 'Oslo Oslo'}) + '\n')
