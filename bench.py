@@ -28,7 +28,7 @@ import data
 import gumbel
 import ppo
 import reinforce
-from model import GPT, Discriminator, GPTConfig, keep_freed_memory
+from model import GPT, Discriminator, GPTConfig, Stopwatch, adamw, keep_freed_memory, update
 
 EOS = 50256
 # the makers' figures: TFLOP/s in dense bfloat16, GB/s of memory
@@ -220,16 +220,16 @@ def bench_train(gpt, args, found):
     batch = data.Batch(ids, pad, response, torch.ones_like(response).bool())
     labels = torch.cat((torch.full_like(ids, -100), response), 1)
     tokens = torch.cat((ids, response), 1)
-    peer, cfg = twin(gpt, args), config(reinforce, args)
+    peer = twin(gpt, args)
 
     def ours(network):
-        optimizer = reinforce.adamw(network, cfg)
+        optimizer = adamw(network)
 
         def run():
             with autocast(args):
                 loss = reinforce.mle_loss(network, batch)
             loss.backward()
-            reinforce.update(network, optimizer, 1e-5, cfg)
+            update(network, optimizer, 1e-5)
         return run
 
     runs = {'ours': ours(copy.deepcopy(gpt))}
@@ -254,7 +254,7 @@ def config(script, args):
     """A script's Config for one iteration at the shape asked for."""
     N, K = args.batch[0], args.samples
     micro_batch = max(K, args.micro_batch // K * K)
-    more = ['--minibatch', N, '--pretrain_batch_size', 2] if script is ppo else []
+    more = ['--minibatch', N] if script is ppo else []
     more += ['--baseline', 'mean'] if script is reinforce and K == 1 else []
     flags = ['--batch_size', N // K, '--samples', K, '--micro_batch', micro_batch,
              '--device', args.device, '--dtype', args.dtype, '--max_prompt', args.prompt,
@@ -272,10 +272,10 @@ def bench_iterations(gpt, args, found):
         generator, reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
         discriminator = Discriminator(gpt, cfg.d_dropout).to(args.device).eval()
         networks = [generator, discriminator]
-        optimizers = [script.adamw(net, cfg) for net in networks]
+        optimizers = [adamw(net) for net in networks]
         if script is ppo:
             critic = ppo.Critic(gpt).to(args.device).eval()
-            optimizers.append(script.adamw(critic, cfg))
+            optimizers.append(adamw(critic))
             passages = np.random.default_rng(0).integers(0, 50000, (8, args.prompt + args.response))
             networks.append(critic)
         if args.compile:
@@ -287,7 +287,7 @@ def bench_iterations(gpt, args, found):
         seconds = []
         for turn in range(args.repeats + 1):
             rng = torch.Generator(args.device).manual_seed(turn)
-            lap = script.Stopwatch(cfg)
+            lap = Stopwatch(cfg.device)
             early = [] if script is gumbel else [reference]
             roll = script.rollout(generator, *early, batch, EOS + 1, rng, cfg)
             lap('rollout')
@@ -301,17 +301,17 @@ def bench_iterations(gpt, args, found):
             running = {'mean': None, 'square': None, 'beta_factor': 1., 'updates': 0}
             if script is gumbel:
                 gumbel.gumbel_step(generator, reference, discriminator, optimizers[0], roll, batch,
-                                   .1, 1e-6, .7, rng, cfg)
+                                   1e-6, .7, rng, cfg)
             else:
                 values, _ = script.prefix_values(discriminator, roll, batch, running, cfg)
                 rewards = script.token_rewards(values, roll.mask, roll.ended, cfg.reward,
-                                               cfg.no_eos_reward)
+                                               -1.)
                 if script is reinforce:
-                    reinforce.reinforce_step(generator, optimizers[0], roll, rewards, batch, .1,
-                                             0., 1e-6, cfg)
+                    reinforce.reinforce_step(generator, optimizers[0], roll, rewards, batch, 0.,
+                                             1e-6, cfg)
                 else:
                     ppo.ppo_step(generator, critic, (optimizers[0], optimizers[2]), roll, rewards,
-                                 batch, passages, .1, running, (1e-6, 1e-6), cfg)
+                                 batch, passages, running, (1e-6, 1e-6), cfg)
             if turn:
                 seconds.append(lap('generator'))
         stations = {k: float(np.median([s[k] for s in seconds])) for k in seconds[0]}
@@ -342,12 +342,12 @@ def bench_trl(gpt, args, found):
     gold = torch.randint(0, 50000, (cfg.batch_size, args.response), device=args.device)
     batch = data.Batch(ids, pad, gold, torch.ones_like(gold).bool())
     generator, reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
-    optimizer, rng = reinforce.adamw(generator, cfg), torch.Generator(args.device)
+    optimizer, rng = adamw(generator), torch.Generator(args.device)
 
     def ours():
         roll = reinforce.rollout(generator, reference, batch, EOS + 1, rng, cfg)
         rewards = torch.rand(N, args.response, device=args.device)
-        reinforce.reinforce_step(generator, optimizer, roll, rewards, batch, 0., 0., 1e-6, cfg)
+        reinforce.reinforce_step(generator, optimizer, roll, rewards, batch, 0., 1e-6, cfg)
 
     seconds = {'ours': [], "TRL's RLOO": []}
 

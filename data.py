@@ -389,3 +389,20 @@ def longest_run(responses, mask):
         run = torch.where(responses[:, t] == responses[:, t - 1], run + 1, 1) * mask[:, t]
         best = torch.maximum(best, run)
     return best.float()
+
+
+def health(response, mask, ended, gold, gold_mask):
+    """
+    Figures of sampled answers: length in tokens with eos, eos_rate, and of the first one to each
+    prompt distinct2 and longest_run; `sick` if, beside the gold ones, it repeats itself or says
+    the same to all.
+
+    response, mask   (B, K, R), ended (B, K); gold, gold_mask (B, R)
+    """
+    answers = (response[:, 0], mask[:, 0]), (gold, gold_mask)
+    run, gold_run = (longest_run(*z).max().item() for z in answers)
+    bigrams, gold_bigrams = (distinct(*z, 2) for z in answers)
+    # not by entropy: it falls tenfold in healthy runs too
+    return {'length': mask.sum(-1).float().mean().item(), 'eos_rate': ended.float().mean().item(),
+            'distinct2': bigrams, 'longest_run': run,
+            'sick': run > 3 * gold_run or bigrams < .5 * gold_bigrams}

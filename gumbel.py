@@ -17,27 +17,24 @@ was sampled), samples of the relaxed distribution in evaluation.
 import argparse
 import copy
 import inspect
-import json
 import math
-import os
 import re
-import signal
 import sys
-import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
-from model import (GPT, Discriminator, GPTConfig, carry, exponential, from_ranks, gathered,
-                   join_ranks, keep_freed_memory, load_checkpoint, lock_folder, my_share,
-                   over_ranks, ranks, save_checkpoint, sum_gradients, trim_freed_memory)
+import sample
+from model import (GPT, Discriminator, GPTConfig, Log, Stopwatch, adamw, all_sum, autocast,
+                   catch_signals, exponential, from_ranks, gathered, hold_last, load_checkpoint,
+                   open_device, open_folder, peak_memory, ranks, save, schedule, shard,
+                   trim_freed_memory, update)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -54,8 +51,6 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    control: str = ''                # a run to repeat with more MLE in its adversarial stage's time
-    log_interval: int = 10           # iterations from one printed line to the next
     eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
@@ -78,12 +73,9 @@ class Config:
     samples: int = 4                 # K, responses to each prompt
     temperature: float = 1.0         # of rollouts and of the policy learned; evaluation takes .8
     micro_batch: int = 64            # responses of one backward pass; lower it to save memory
-    grad_clip: float = 1.0           # largest gradient norm, of each network
     beta: float = 0.02               # weight of the KL from the warm start, per nat
-    anchor: float = 0.1              # weight of MLE beside the adversarial loss, at the start
-    anchor_end: float = 0.02         # and at the end
+    anchor: float = 0.1              # weight of MLE on the gold answers beside the score
     lr: float = 5e-6                 # peak learning rate of the generator
-    lr_warmup: int = 20              # generator steps up to the peak
     # discriminator
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
@@ -104,14 +96,15 @@ class Config:
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
     device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=350, batch_size=128,
-    samples=2, micro_batch=256, beta=0.0, anchor=4.0, anchor_end=4.0, lr=4e-3, d_lr=2e-3,
+    samples=2, micro_batch=256, beta=0.0, anchor=4.0, lr=4e-3, d_lr=2e-3,
     d_samples=2, d_warmup_iters=180, d_warmup_acc=.9, d_max_acc=.95, d_dropout=0.0, d_replay=0.0,
     eval_interval=25,
 )
 
 
+LOG_INTERVAL = 10            # iterations from one printed line to the next
 SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout'.split()                 # lie in [0, 1]
-ABOVE_0 = 'grad_clip temperature'.split()                                    # may not be 0
+ABOVE_0 = 'temperature'.split()                                    # may not be 0
 
 
 def parse(argv=None):
@@ -150,11 +143,10 @@ def parse(argv=None):
 
 def check(cfg):
     """Raises a ValueError naming the flag, its value and the remedy."""
-    may_be_0 = 'seed sft_iters iters lr_warmup d_warmup_iters'.split()
+    may_be_0 = 'seed sft_iters iters d_warmup_iters'.split()
     for name, value in asdict(cfg).items():
         least = 1 if type(value) is int and name not in may_be_0 else 0
         least, most = (0, 1) if name in SHARES else (least, math.inf)
-        least = -1e9 if name == 'no_eos_reward' else least
         if type(value) in (int, float) and not (least <= value <= most and math.isfinite(value)):
             raise ValueError(f'--{name} {value}: give a number of at least {least:g}' + (
                 f' and at most {most}' if name in SHARES else ''))
@@ -169,10 +161,6 @@ def check(cfg):
                              'multiple, the samples of a prompt are learned from together')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
-    if cfg.control and not cfg.resume and not (Path(cfg.control) / 'metrics.jsonl').is_file():
-        raise ValueError(f'--control {cfg.control} holds no run: give the out_dir of one')
-    if cfg.control and Path(cfg.control).resolve() == Path(cfg.out_dir).resolve():
-        raise ValueError(f'--control {cfg.control} is the --out_dir too: give another --out_dir')
     check_approach(cfg)
 
 
@@ -274,11 +262,6 @@ class Rollout(NamedTuple):
     noise: torch.Tensor          # (B*K, R, V) Gumbel noise that sampled the response
 
 
-def autocast(cfg):
-    """bfloat16 activations on request; weights, losses and optimizers stay float32."""
-    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == 'bfloat16')
-
-
 @torch.no_grad()
 def rollout(generator, batch, eos, rng, cfg):
     """K samples of each prompt, over the full vocabulary, and their noise."""
@@ -324,39 +307,6 @@ def score(discriminator, prompt, pad, response, cfg):
         return torch.cat([discriminator(*part) for part in parts])
 
 
-@torch.no_grad()
-def evaluate(generator, discriminator, split, enc, cfg):
-    """
-    Figures of a generator on the first eval_prompts of a split, and its sampled answers.
-
-    Greedy answers give em and f1 in percent (has_ and no_: of answerable and unanswerable
-    questions). One sample of each prompt at temperature .8 and top-k 100, the poster's, gives the
-    rest: sample_f1; reward, the mean score in logits; d_acc, the share of pairs that the
-    discriminator gets right, a tie counting half; length in tokens with eos; distinct2.
-    """
-    rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
-    examples, greedy, sampled, parts = split.examples[:cfg.eval_prompts], [], [], []
-    for rows in np.array_split(np.arange(len(examples)), -(-len(examples) // cfg.micro_batch)):
-        batch = split.batch(rows, cfg.device)
-        for temperature, answers in (0, greedy), (.8, sampled):
-            with autocast(cfg):
-                response, mask, _ = generator.generate(
-                    batch.prompt, batch.pad, cfg.max_response, split.eos, rng=rng,
-                    temperature=temperature, top_k=100)
-            answers += data.to_text(response, mask, enc)
-        fake = carry(score(discriminator, batch.prompt, batch.pad, response, cfg), mask)[:, -1]
-        real = carry(score(discriminator, batch.prompt, batch.pad, batch.response, cfg),
-                     batch.mask)[:, -1]
-        parts.append((response, mask, fake, (real > fake).float() + .5 * (real == fake)))
-    response, mask, fake, right = (torch.cat(z) for z in zip(*parts))
-    figures = data.score_answers(greedy, examples)
-    figures |= {'sample_f1': data.score_answers(sampled, examples)['f1'],
-                'reward': fake.mean().item(), 'd_acc': right.mean().item(),
-                'length': mask.sum(1).float().mean().item(),
-                'distinct2': data.distinct(response, mask, 2)}
-    return figures, sampled
-
-
 # -----------------------------------------------------------------------------
 # training
 
@@ -379,37 +329,15 @@ class Fakes(NamedTuple):
 REPLAY = 4096                # fakes kept for replay
 
 
-def update(network, optimizer, lr, cfg):
-    """Sums the gradient over ranks, clips it, takes a step unless it is not finite; its norm."""
-    sum_gradients(network.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-    if norm.isfinite():                              # otherwise `log` ends the run
-        optimizer.step()
-    optimizer.zero_grad()                            # no network's waits while another one learns
-    return norm.item()
-
-
-def adamw(network, cfg):
-    return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-5,
-                             weight_decay=0.0, fused=cfg.device != 'mps')
-
-
-def schedule(step, steps, updates, warmup):
-    """Share of the peak learning rate: linear over `warmup` updates, cosine decay to a tenth."""
-    return min(1, updates / max(1, warmup)) * (.55 + .45 * math.cos(math.pi * step / steps))
-
-
 def mle_step(generator, optimizer, train_set, step, steps, cfg):
     """MLE update number `step` of `steps`; the loss in nats per token, the gradient's norm."""
     index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
-    batch = train_set.batch(my_share(index), cfg.device)
+    batch = train_set.batch(shard(index), cfg.device)
     with autocast(cfg):
-        loss = mle_loss(generator, batch, over_ranks(batch.mask.sum()))
+        loss = mle_loss(generator, batch, all_sum(batch.mask.sum()))
     loss.backward()
-    norm = update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50), cfg)
-    return over_ranks(loss).item(), norm
+    norm = update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50))
+    return all_sum(loss).item(), norm
 
 
 def draw_pairs(roll, index, replay, train_set, cfg):
@@ -443,7 +371,7 @@ def gradient_penalty(discriminator, prompt, pad, real, real_mask):
     """
     real = real.to(discriminator.score.weight.dtype).requires_grad_()
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance('force_eager'):
-        s = carry(discriminator(prompt, pad, real), real_mask)[:, -1]
+        s = hold_last(discriminator(prompt, pad, real), real_mask)[:, -1]
         grad, = torch.autograd.grad(s.sum(), real, create_graph=True)
     return grad.square().mean(-1).sum() / len(real)
 
@@ -465,9 +393,9 @@ def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, 
     where = differ & (pairs.real_mask | pairs.fake_mask)
     if not cfg.d_prefixes:
         where = F.pad(untied[:, None], (where.size(1) - 1, 0))
-    n_untied = over_ranks(untied.sum()).clamp(min=1)
+    n_untied = all_sum(untied.sum()).clamp(min=1)
     weights = where / where.sum(1, keepdim=True).clamp(min=1) / n_untied
-    learn = over_ranks(untied.sum()).item() > 0 and not skip
+    learn = all_sum(untied.sum()).item() > 0 and not skip
     discriminator.train(learn)
     losses, margins, ends, penalty = [], [], [], 0.0
     for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
@@ -478,7 +406,7 @@ def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, 
         with autocast(cfg), torch.set_grad_enabled(learn):
             response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
                 (gold, sample), (p.real_mask, p.fake_mask)))
-            scores = carry(discriminator(p.prompt, p.pad, response), mask)   # (2 n, R)
+            scores = hold_last(discriminator(p.prompt, p.pad, response), mask)   # (2 n, R)
             real, fake = scores[::2], scores[1::2]
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
         if learn:
@@ -492,18 +420,18 @@ def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, 
         margins.append((real - fake)[:, -1].detach())
         ends.append(fake[:, -1].detach())
     discriminator.eval()
-    d_norm = update(discriminator, optimizer, cfg.d_lr, cfg) if learn else None
+    d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
     right = (torch.cat(margins) > 0)[:fresh][untied[:fresh]]
-    n_right, n_pairs, n_fresh = (over_ranks(n) for n in (
+    n_right, n_pairs, n_fresh = (all_sum(n) for n in (
         right.sum().item(), len(right), len(untied[:fresh])))
-    return {'d_loss': over_ranks(sum(losses)).item() if over_ranks(untied.sum()).item() else None,
+    return {'d_loss': all_sum(sum(losses)).item() if all_sum(untied.sum()).item() else None,
             'd_norm': d_norm, 'd_acc': n_right / n_pairs if n_pairs else None,
             'tie_rate': 1 - n_pairs / n_fresh,
-            'reward': over_ranks(torch.cat(ends)[:fresh].sum()).item() / n_fresh,
-            'r1': over_ranks(penalty)}
+            'reward': all_sum(torch.cat(ends)[:fresh].sum()).item() / n_fresh,
+            'r1': all_sum(penalty)}
 
 
-def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anchor, lr, tau, rng,
+def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, lr, tau, rng,
                 cfg):
     """
     One update by the discriminator's gradient through the replayed samples, with its MLE anchor.
@@ -524,11 +452,11 @@ def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anc
             logits = response_logits(generator, prompt, pad, r.response, cfg)
             with torch.no_grad():
                 ref_logits = response_logits(reference, prompt, pad, r.response, cfg)
-                real = carry(discriminator(prompt, pad, encoded), gold_mask)
+                real = hold_last(discriminator(prompt, pad, encoded), gold_mask)
         z = relax(logits, r.noise, r.response, r.mask, tau, cfg.encoding == 'hard')
         shown = z.detach().requires_grad_()          # the discriminator's weights get no gradient
         with autocast(cfg):
-            fake = carry(discriminator(prompt, pad, shown), r.mask)
+            fake = hold_last(discriminator(prompt, pad, shown), r.mask)
         differ = (r.response != gold).cumsum(1) > 0                          # (n, R)
         where = differ & (r.mask | gold_mask)
         if not cfg.d_prefixes:
@@ -543,91 +471,14 @@ def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, anc
         else:
             z.backward(grad)
         sums += torch.stack((loss, kl.sum(), entropy.sum(), r.mask.sum())).detach()
-    with autocast(cfg), torch.set_grad_enabled(anchor > 0):
-        mle = mle_loss(generator, batch, over_ranks(batch.mask.sum()))
-    if anchor:
-        (anchor * mle).backward()
-    g_norm = update(generator, optimizer, lr, cfg)
-    g_loss, kl, entropy, tokens = over_ranks(sums).tolist()
-    return {'g_loss': g_loss, 'g_norm': g_norm, 'mle': over_ranks(mle).item(), 'kl': kl / tokens,
+    with autocast(cfg), torch.set_grad_enabled(cfg.anchor > 0):
+        mle = mle_loss(generator, batch, all_sum(batch.mask.sum()))
+    if cfg.anchor:
+        (cfg.anchor * mle).backward()
+    g_norm = update(generator, optimizer, lr)
+    g_loss, kl, entropy, tokens = all_sum(sums).tolist()
+    return {'g_loss': g_loss, 'g_norm': g_norm, 'mle': all_sum(mle).item(), 'kl': kl / tokens,
             'entropy': entropy / tokens}
-
-
-def health(roll, batch, cfg):
-    """Diversity of one sample of each prompt; `sick` beside that of the gold answers."""
-    lengths, ended, response, mask, gold, gold_mask = gathered(
-        roll.mask.sum(1), roll.ended, roll.response[::cfg.samples], roll.mask[::cfg.samples],
-        batch.response, batch.mask)
-    answers = (response, mask), (gold, gold_mask)
-    run, gold_run = (data.longest_run(*z).max().item() for z in answers)
-    distinct, gold_distinct = (data.distinct(*z, 2) for z in answers)
-    # not by entropy: on the toy it falls to a tenth in runs whose answers get better and no poorer
-    return {'length': lengths.float().mean().item(), 'eos_rate': ended.float().mean().item(),
-            'distinct2': distinct, 'longest_run': run,
-            'sick': run > 3 * gold_run or distinct < .5 * gold_distinct}
-
-
-PATIENCE = 20                # iterations in a row that may be sick
-
-
-def control_steps(reference, train_set, cfg):
-    """MLE steps to an iteration, at least 1, that take the time of the run cfg.control in all."""
-    text = (Path(cfg.control) / 'metrics.jsonl').read_text()
-    records = [json.loads(line) for line in text.splitlines()]
-    seconds = sum(sum(r.get('seconds', {}).values()) for r in records)
-    twin = copy.deepcopy(reference).requires_grad_()
-    if cfg.compile:
-        twin.compile()
-    optimizer, times = adamw(twin, cfg), []
-    for step in range(20):
-        start = time.perf_counter()
-        mle_step(twin, optimizer, train_set, step, 20, cfg)
-        times.append(time.perf_counter() - start)
-    median = over_ranks(float(np.median(times))) / ranks()[1]
-    return max(1, round(seconds / median / max(1, cfg.iters)))
-
-
-def prepare(cfg):
-    """Joins the ranks, resolves device, dtype and compile, makes out_dir, unless it holds a run;
-    returns it, and its lock, which holds as long as it is kept."""
-    if cfg.device == 'auto':
-        cfg.device = ('cuda' if torch.cuda.is_available() else
-                      'mps' if torch.backends.mps.is_available() else 'cpu')
-    try:
-        cfg.device = join_ranks(cfg.device)
-        torch.empty(1, device=cfg.device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device {cfg.device} is not to be had here: give another') from e
-    cuda = cfg.device.startswith('cuda')
-    cfg.dtype = ('bfloat16' if cuda else 'float32') if cfg.dtype == 'auto' else cfg.dtype
-    cfg.compile = cuda if cfg.compile is None else cfg.compile
-    if not cuda:
-        keep_freed_memory()
-    torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
-    # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
-    torch._dynamo.config.cache_size_limit = 64     # recompile_limit since torch 2.7
-    rank, n_ranks = ranks()
-    for name in 'batch_size', 'sft_batch_size', 'minibatch', 'pretrain_batch_size':
-        multiple = n_ranks * (cfg.samples if name == 'minibatch' else 1)
-        if getattr(cfg, name, 0) % multiple:
-            raise ValueError(f'--{name} {getattr(cfg, name)} cannot be shared by {n_ranks} ranks: '
-                             f'give a multiple of {multiple}')
-    out = Path(cfg.out_dir)
-    if rank:                                         # rank 0 writes and prints for all
-        sys.stdout = open(os.devnull, 'w')
-        over_ranks(0)
-        return out, None
-    old = [name for name in ('ckpt.pt', 'sft.pt', 'metrics.jsonl') if (out / name).exists()]
-    if old and not (cfg.resume or cfg.overwrite):
-        raise ValueError(f'--out_dir {out} holds a run ({old[0]}): give --resume, --overwrite or '
-                         'another --out_dir')
-    out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(out)
-    if cfg.overwrite:
-        for name in old:
-            (out / name).unlink()
-    over_ranks(0)                                    # the others wait for the folder
-    return out, lock
 
 
 def load_data(cfg):
@@ -659,18 +510,9 @@ def load_generator(cfg, enc):
     return generator.to(cfg.device).eval()
 
 
-def save(path, generator, cfg, **more):
-    """Rank 0's checkpoint, which GPT.from_pretrained reads; with the settings and what is given."""
-    if ranks()[0]:
-        return
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ('resume', 'overwrite')}
-    save_checkpoint(path, {'model': generator.state_dict(), 'gpt_config': asdict(generator.config),
-                           'settings': settings, **more})
-
-
 def warm_start(generator, train_set, out, log, caught, cfg):
     """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
-    path, optimizer, start = out / 'sft.pt', adamw(generator, cfg), 0
+    path, optimizer, start = out / 'sft.pt', adamw(generator), 0
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
         generator.load_strictly(saved['model'], path)
@@ -678,131 +520,16 @@ def warm_start(generator, train_set, out, log, caught, cfg):
         if start < cfg.sft_iters:
             optimizer.load_state_dict(saved['optimizer'])
     for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
-        stop = over_ranks(bool(caught)) > 0
+        stop = all_sum(bool(caught)) > 0
         if stop or step % cfg.eval_interval == 0:
-            save(path, generator, cfg, sft_iter=step, optimizer=optimizer.state_dict())
+            save(path, generator, cfg, log, sft_iter=step, optimizer=optimizer.state_dict())
         if stop:
             return False
         mle, norm = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
-        log({'sft_iter': step, 'mle': mle, 'mle_norm': norm}, step % cfg.log_interval == 0)
+        log({'sft_iter': step, 'mle': mle, 'mle_norm': norm}, step % LOG_INTERVAL == 0)
     if start < cfg.sft_iters or not path.exists():
-        save(path, generator, cfg, sft_iter=cfg.sft_iters)
+        save(path, generator, cfg, log, sft_iter=cfg.sft_iters)
     return True
-
-
-def open_log(out, cfg, sft_iter, iteration):
-    """
-    A function that appends a record to metrics.jsonl and prints it on request; a number that is not
-    finite is a FloatingPointError.
-
-    What a checkpoint at (sft_iter, iteration) does not know of is cut off first. Only rank 0 logs.
-    """
-    def check(record):
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                where = next(f'{k} {record[k]}' for k in ('iter', 'sft_iter') if k in record)
-                raise FloatingPointError(
-                    f'{name} is {value} at {where}: the checkpoint in {out} is from before; give a '
-                    'lower learning rate, a flag that ends in lr, and --resume')
-
-    if ranks()[0]:
-        return lambda record, show: check(record)
-    path = out / 'metrics.jsonl'
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for line in lines[1:]:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:                                         # torn by a crash
-            break
-        if 'final' in record:                                                # of a finished run
-            break
-        if record.get('sft_iter', -1) < sft_iter and record.get('iter', -1) < iteration:
-            kept.append(line)
-    header = json.dumps({'config': asdict(cfg), 'python': sys.version.split()[0],
-                         'torch': torch.__version__, 'threads': torch.get_num_threads(),
-                         'device': torch.cuda.get_device_name(cfg.device)
-                         if cfg.device.startswith('cuda') else cfg.device})
-    part = path.with_name('metrics.jsonl.part')
-    part.write_text('\n'.join(lines[:1] + kept if lines else [header]) + '\n')
-    os.replace(part, path)
-
-    def log(record, show):
-        check(record)
-        with open(path, 'a') as f:
-            f.write(json.dumps(record) + '\n')
-        if show:
-            flat = {**record, **record.get('dev', {})}
-            tqdm.write('  '.join(f'{k} {v:.3f}' if isinstance(v, float) else f'{k} {v}'
-                                 for k, v in flat.items() if not isinstance(v, (dict, list))
-                                 and v is not None), file=sys.stdout)
-            sys.stdout.flush()
-    return log
-
-
-def plot_curves(out):
-    """out/curves.png from out/metrics.jsonl."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    records = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()[1:]]
-    panels = [('reward', 'generator reward (mean score, logits)'), ('d_loss', 'd_loss (nats)'),
-              ('d_acc_mean', 'd_acc (pairs told apart, running mean)'),
-              ('kl', 'KL from warm start (nats/token)'), ('entropy', 'entropy (nats/token)'),
-              ('f1', 'F1 on dev (percent)')]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6))
-    for ax, (key, title) in zip(axes.flat, panels):
-        if key == 'f1':
-            for name, style in ('f1', 'o-'), ('sample_f1', 's--'):
-                points = [(r['iter'], r['dev'][name]) for r in records if 'dev' in r]
-                ax.plot(*zip(*points) if points else ((), ()), style, label=name)
-            ax.legend()
-        else:
-            points = [(r['iter'], r[key]) for r in records if r.get(key) is not None]
-            ax.plot(*zip(*points) if points else ((), ()), linewidth=1)
-        ax.set(title=title, xlabel='iteration')
-        ax.grid(alpha=.3)
-    # a layout engine would draw everything twice
-    figure.subplots_adjust(.04, .08, .99, .95, .15, .35)
-    figure.savefig(out / 'curves.png', dpi=110)
-    plt.close(figure)
-
-
-def final_table(rows):
-    """Figures by name as lines of text; reward and d_acc are those of the last discriminator."""
-    columns = [('em', 'EM'), ('f1', 'F1'), ('sample_f1', 'F1 sampled'), ('reward', 'reward'),
-               ('d_acc', 'd_acc'), ('length', 'length'), ('distinct2', 'distinct-2')]
-    lines = [' ' * 12 + ''.join(f'{title:>12}' for _, title in columns)]
-    for name, row in rows.items():
-        cells = [f'{row[key]:.3f}' if key in row else '-' for key, _ in columns]
-        lines.append(f'{name:12}' + ''.join(f'{cell:>12}' for cell in cells))
-    return '\n'.join(lines)
-
-
-class Stopwatch:
-    """Seconds by station of one iteration; waits for the GPU only when a station ends."""
-
-    def __init__(self, cfg):
-        self.cuda, self.seconds = cfg.device.startswith('cuda'), {}
-        self.start = time.perf_counter()
-
-    def __call__(self, station):
-        if self.cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[station], self.start = now - self.start, now
-        return self.seconds
-
-
-def write_samples(out, split, rows):
-    """out/samples.txt: the first dev questions, the gold answers, and one sample of each model."""
-    blocks = []
-    for example, *answers in list(zip(split.examples, *(texts for _, texts in rows.values())))[:20]:
-        lines = [f'question    {example["question"]}',
-                 f'gold        {" | ".join(example["answers"]) or data.UNANSWERABLE}']
-        lines += [f'{name:12}{text}' for name, text in zip(rows, answers)]
-        blocks.append('\n'.join(lines))
-    (out / 'samples.txt').write_text('\n\n'.join(blocks) + '\n', encoding='utf-8')
 
 
 def train(cfg, caught=()):
@@ -814,7 +541,8 @@ def train(cfg, caught=()):
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
-    out, lock = prepare(cfg)
+    open_device(cfg)
+    out, lock = open_folder(cfg)
     rank, n_ranks = ranks()
     torch.manual_seed(cfg.seed)
     # data
@@ -825,21 +553,20 @@ def train(cfg, caught=()):
     if cfg.compile:
         generator.compile()
     # warm start
-    resuming = cfg.resume and (out / 'ckpt.pt').exists()
-    saved = load_checkpoint(out / 'ckpt.pt') if resuming else {'iter': 0}
-    sft_iter = load_checkpoint(out / 'sft.pt')['sft_iter'] if cfg.resume else 0
-    log = open_log(out, cfg, sft_iter, saved['iter'])
+    files = [out / 'ckpt.pt', out / 'sft.pt'] if cfg.resume else []
+    saved = next((load_checkpoint(file) for file in files if file.exists()), {})
+    log = Log(out, cfg, saved.get('log_size', 0))
     if not warm_start(generator, train_set, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
-    optimizer, d_optimizer = adamw(generator, cfg), adamw(discriminator, cfg)
+    optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     nothing = train_set.batch([])
     replay = Fakes(torch.zeros(0, dtype=torch.long), nothing.response, nothing.mask)
     # d_acc starts at chance
     running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'control_steps': 0}
     # resume
-    if resuming:
+    if 'discriminator' in saved:
         generator.load_strictly(saved['model'], out / 'ckpt.pt')
         discriminator.load_state_dict(saved['discriminator'])
         optimizer.load_state_dict(saved['optimizer'])
@@ -848,26 +575,23 @@ def train(cfg, caught=()):
             raise ValueError(f'--resume: {out} is of a run on {len(saved["replay"])} ranks, not '
                              f'{n_ranks}: start as many')
         replay, running = Fakes(*saved['replay'][rank]), saved['running']
-    elif cfg.control:
-        running['control_steps'] = control_steps(reference, train_set, cfg)
-        print(f'control: {running["control_steps"]} MLE steps for each iteration', flush=True)
     if cfg.compile:
         for network in reference, discriminator:
             network.compile()
 
-    for it in tqdm(range(saved['iter'], cfg.iters + 1), 'iterations', disable=None):
+    for it in tqdm(range(saved.get('iter', 0), cfg.iters + 1), 'iterations', disable=None):
         # evaluate and checkpoint
         due = it % cfg.eval_interval == 0 or it == cfg.iters
-        stop = over_ranks(bool(caught)) > 0
-        if due and rank == 0:
-            figures, sampled = evaluate(generator, discriminator, dev_set, enc, cfg)
-            log({'iter': it, 'dev': figures}, True)
+        stop = all_sum(bool(caught)) > 0
         if (due or stop) and not running['sick']:
-            save(out / 'ckpt.pt', generator, cfg, iter=it, discriminator=discriminator.state_dict(),
+            save(out / 'ckpt.pt', generator, cfg, log, iter=it,
+                 discriminator=discriminator.state_dict(),
                  optimizer=optimizer.state_dict(), d_optimizer=d_optimizer.state_dict(),
                  replay=from_ranks(tuple(replay)), running=running)
         if due and rank == 0:
-            plot_curves(out)
+            figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
+            log({'iter': it, 'dev': figures}, True)
+            sample.draw({'this run': [sample.read_run(out)]}, out / 'curves.png')
         if due:
             trim_freed_memory()
         if stop:
@@ -876,21 +600,15 @@ def train(cfg, caught=()):
             break
 
         # rollout
-        lap = Stopwatch(cfg)
-        index = my_share(data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it))
+        lap = Stopwatch(cfg.device)
+        index = shard(data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it))
         batch = train_set.batch(index, cfg.device)
-        if cfg.control:
-            n = running['control_steps']
-            for step in range(n * it, n * it + n):
-                mle, norm = mle_step(generator, optimizer, train_set, step, n * cfg.iters, cfg)
-            log({'iter': it, 'mle': mle, 'mle_norm': norm, 'seconds': lap('mle')},
-                it % cfg.log_interval == 0)
-            continue
         torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout, replay
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
         roll = rollout(generator, batch, dev_set.eos, rng, cfg)
         tau = cfg.tau + (cfg.tau_end - cfg.tau) * it / cfg.iters
-        record = {'iter': it, **health(roll, batch, cfg)}
+        answers = gathered(*(z.unflatten(0, (-1, cfg.samples)) for z in roll[2:5]), *batch[2:])
+        record = {'iter': it, **data.health(*answers)}
         running['sick'] = running['sick'] + 1 if record.pop('sick') else 0
         lap('rollout')
 
@@ -909,15 +627,14 @@ def train(cfg, caught=()):
         # generator step
         if moving:
             running['g_steps'] += 1
-            lr = cfg.lr * schedule(it, cfg.iters, running['g_steps'], cfg.lr_warmup)
-            anchor = cfg.anchor + (cfg.anchor_end - cfg.anchor) * it / cfg.iters
+            lr = cfg.lr * schedule(it, cfg.iters, running['g_steps'], 20)
             record |= gumbel_step(generator, reference, discriminator, optimizer, roll, batch,
-                                  anchor, lr, tau, rng, cfg)
+                                  lr, tau, rng, cfg)
         seconds = lap('generator')
 
         # log
-        log({**record, 'seconds': seconds}, it % cfg.log_interval == 0)
-        if running['sick'] > PATIENCE:
+        log({**record, 'seconds': seconds}, it % LOG_INTERVAL == 0)
+        if running['sick'] > 20:                     # iterations in a row
             answers = data.to_text(roll.response, roll.mask, enc)
             answer = max(answers, key=answers.count)
             log({'iter': it, 'collapsed': answer}, False)
@@ -928,41 +645,11 @@ def train(cfg, caught=()):
 
     if rank:
         return None
-    rows = {name: evaluate(network, discriminator, dev_set, enc, cfg)
-            for name, network in (('warm start', reference), ('tuned', generator))}
-    write_samples(out, dev_set, rows)
-    figures = {name: row for name, (row, _) in rows.items()}
-    if cfg.control:                             # its discriminator has learned nothing
-        figures['more MLE'] = figures.pop('tuned')
-        for row in figures.values():
-            del row['reward'], row['d_acc']
+    figures = sample.finish({'warm start': reference, 'tuned': generator}, discriminator, dev_set,
+                            enc, out, cfg)
     log({'final': figures}, False)
-    print(final_table(figures), flush=True)
     print(f'peak memory {peak_memory(cfg.device):.2f} GiB', flush=True)
     return figures
-
-
-def peak_memory(device):
-    """The most memory this process has held, GiB: of the GPU, or of the machine on a CPU."""
-    if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    import resource                                  # not on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (30 if sys.platform == 'darwin' else 20)
-
-
-def catch_signals():
-    """A list that SIGINT or SIGTERM puts its number into; a second one ends the process at once."""
-    caught = []
-
-    def handler(number, _):
-        if caught:
-            os._exit(128 + number)
-        caught.append(number)
-
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, handler)
-    return caught
 
 
 def main(argv=None):

@@ -18,7 +18,10 @@ import math
 import os
 import pickle
 import re
-from dataclasses import dataclass, replace
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
 # GPT-2 (Radford et al. 2019)
@@ -558,7 +562,7 @@ class Discriminator(nn.Module):
         self.trunk.compile()
 
 
-def carry(scores, mask):
+def hold_last(scores, mask):
     """Scores (B, R) with what follows the mask's end replaced by s(x, y), the last real one."""
     columns = torch.arange(scores.size(1), device=scores.device)
     return scores.gather(1, torch.minimum(columns, mask.sum(1, keepdim=True) - 1))
@@ -649,6 +653,36 @@ def infer_config(weights, settings, path):
 
 
 # -----------------------------------------------------------------------------
+# optimizer
+
+GRAD_CLIP = 1.0                   # largest gradient norm, of each network
+
+
+def adamw(network):
+    """The optimizer of a network; `update` sets its learning rate."""
+    device = next(network.parameters()).device
+    return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-5,
+                             weight_decay=0.0, fused=device.type != 'mps')
+
+
+def schedule(step, steps, updates, warmup):
+    """Share of the peak learning rate: linear over `warmup` updates, cosine decay to a tenth."""
+    return min(1, updates / max(1, warmup)) * (.55 + .45 * math.cos(math.pi * step / steps))
+
+
+def update(network, optimizer, lr):
+    """Sums the gradient over ranks, clips it, takes a step unless it is not finite; its norm."""
+    sum_gradients(network.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), GRAD_CLIP)
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    if norm.isfinite():                              # otherwise the log ends the run
+        optimizer.step()
+    optimizer.zero_grad()            # now: the next network's backward pass needs the memory
+    return norm.item()
+
+
+# -----------------------------------------------------------------------------
 # ranks of torchrun; without it there is one, and each of these gives back what it is given
 
 
@@ -670,13 +704,13 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def my_share(index):
+def shard(index):
     """This rank's part of an array that is the same on all."""
     rank, n = ranks()
     return np.array_split(index, n)[rank]
 
 
-def over_ranks(x):
+def all_sum(x):
     """The sum over the ranks of a tensor, as a new one without gradient, or of a number."""
     if ranks()[1] == 1:
         return x
@@ -694,7 +728,7 @@ def sum_gradients(parameters):
     grads = [p.grad for p in parameters if p.grad is not None]
     if ranks()[1] == 1 or not grads:
         return
-    flat = over_ranks(torch.cat([g.flatten() for g in grads]))
+    flat = all_sum(torch.cat([g.flatten() for g in grads]))
     for g, summed in zip(grads, flat.split([g.numel() for g in grads])):
         g.copy_(summed.view_as(g))
 
@@ -743,20 +777,6 @@ def trim_freed_memory():
 # checkpoints: tensors and plain values only
 
 
-def lock_folder(folder):
-    """An open file that locks a folder while it lives, with its process; ValueError if one does."""
-    try:
-        import fcntl
-    except ImportError:                              # Windows
-        return None
-    lock = open(folder / 'lock', 'w')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f'--out_dir {folder} is in use by another run: give another') from None
-    return lock
-
-
 def save_checkpoint(path, state):
     """
     Writes a temporary file, flushes it to disk, renames it: a crash leaves the old one whole.
@@ -793,3 +813,173 @@ def load_checkpoint(path):
                          'tensors and plain values') from e
     except Exception as e:           # bytes that are no pickle end in an error of any kind
         raise ValueError(f'{path} is not a readable checkpoint (truncated?): use another') from e
+
+
+# -----------------------------------------------------------------------------
+# a run: its device, folder, checkpoints and log
+
+
+def open_device(cfg):
+    """
+    Joins the ranks and resolves the device, dtype and compile of a script's Config.
+
+    raises  ValueError naming the flag
+    """
+    if cfg.device == 'auto':
+        cfg.device = ('cuda' if torch.cuda.is_available() else
+                      'mps' if torch.backends.mps.is_available() else 'cpu')
+    try:
+        cfg.device = join_ranks(cfg.device)
+        torch.empty(1, device=cfg.device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'--device {cfg.device} is not to be had here: give another') from e
+    cuda = cfg.device.startswith('cuda')
+    cfg.dtype = ('bfloat16' if cuda else 'float32') if cfg.dtype == 'auto' else cfg.dtype
+    cfg.compile = cuda if cfg.compile is None else cfg.compile
+    if not cuda:
+        keep_freed_memory()
+    torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
+    # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
+    torch._dynamo.config.cache_size_limit = 64     # recompile_limit since torch 2.7
+    n_ranks = ranks()[1]
+    for name in 'batch_size', 'sft_batch_size', 'minibatch':
+        multiple = n_ranks * (cfg.samples if name == 'minibatch' else 1)
+        if getattr(cfg, name, 0) % multiple:
+            raise ValueError(f'--{name} {getattr(cfg, name)} cannot be shared by {n_ranks} ranks: '
+                             f'give a multiple of {multiple}')
+
+
+def open_folder(cfg):
+    """
+    Makes out_dir, unless it holds a run, and returns it and its lock, which holds as long as it is
+    kept. Rank 0 writes and prints for all.
+
+    raises  ValueError naming the flag, OSError
+    """
+    out, lock = Path(cfg.out_dir), None
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, 'w')
+    else:
+        old = [name for name in ('ckpt.pt', 'sft.pt', 'metrics.jsonl') if (out / name).exists()]
+        if old and not (cfg.resume or cfg.overwrite):
+            raise ValueError(f'--out_dir {out} holds a run ({old[0]}): give --resume, --overwrite '
+                             'or another --out_dir')
+        out.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(out)
+        if cfg.overwrite:
+            for name in old:
+                (out / name).unlink()
+    all_sum(0)                                       # the others wait for the folder
+    return out, lock
+
+
+def lock_folder(folder):
+    """An open file that locks a folder while it lives, with its process; ValueError if one does."""
+    try:
+        import fcntl
+    except ImportError:                              # Windows
+        return None
+    lock = open(folder / 'lock', 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'--out_dir {folder} is in use by another run: give another') from None
+    return lock
+
+
+def catch_signals():
+    """A list that SIGINT or SIGTERM puts its number into; a second one ends the process at once."""
+    caught = []
+
+    def handler(number, _):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, handler)
+    return caught
+
+
+def autocast(cfg):
+    """bfloat16 activations on request; weights, losses and optimizers stay float32."""
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == 'bfloat16')
+
+
+def peak_memory(device):
+    """The most memory this process has held, GiB: of the GPU, or of the machine on a CPU."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource                                  # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (30 if sys.platform == 'darwin' else 20)
+
+
+class Stopwatch:
+    """Seconds by station of one iteration; waits for the GPU only when a station ends."""
+
+    def __init__(self, device):
+        self.cuda, self.seconds = device.startswith('cuda'), {}
+        self.start = time.perf_counter()
+
+    def __call__(self, station):
+        if self.cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[station], self.start = now - self.start, now
+        return self.seconds
+
+
+class Log:
+    """
+    Appends records to out_dir/metrics.jsonl, below a header with the config; rank 0 does.
+
+    size    bytes of the file that the checkpoint to go on from knew of: the rest is cut off
+    raises  FloatingPointError for a number that is not finite
+    """
+
+    def __init__(self, out, cfg, size=0):
+        self.out, self.path, self.writes = out, out / 'metrics.jsonl', not ranks()[0]
+        if not self.writes:
+            return
+        if size and self.path.exists():
+            os.truncate(self.path, min(size, self.size()))
+            return
+        cuda = cfg.device.startswith('cuda')
+        header = {'config': asdict(cfg), 'python': sys.version.split()[0],
+                  'torch': torch.__version__, 'threads': torch.get_num_threads(),
+                  'device': torch.cuda.get_device_name(cfg.device) if cuda else cfg.device}
+        self.path.write_text(json.dumps(header) + '\n')
+
+    def size(self):
+        """Bytes written so far, for a checkpoint."""
+        return self.path.stat().st_size if self.writes else 0
+
+    def __call__(self, record, show):
+        """Writes a record, a dict, and prints its numbers on request."""
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                where = next(f'{k} {record[k]}' for k in ('iter', 'sft_iter') if k in record)
+                raise FloatingPointError(
+                    f'{name} is {value} at {where}: the checkpoint in {self.out} is from before; '
+                    'give a lower learning rate, a flag that ends in lr, and --resume')
+        if not self.writes:
+            return
+        with open(self.path, 'a') as f:
+            f.write(json.dumps(record) + '\n')
+        if show:
+            flat = {**record, **record.get('dev', {})}
+            tqdm.write('  '.join(f'{k} {v:.3f}' if isinstance(v, float) else f'{k} {v}'
+                                 for k, v in flat.items() if not isinstance(v, (dict, list))
+                                 and v is not None), file=sys.stdout)
+            sys.stdout.flush()
+
+
+def save(path, generator, cfg, log, **more):
+    """Rank 0's checkpoint, which GPT.from_pretrained reads; with the settings, how much of the log
+    it knows of, and what else is given."""
+    if ranks()[0]:
+        return
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ('resume', 'overwrite')}
+    save_checkpoint(path, {'model': generator.state_dict(), 'gpt_config': asdict(generator.config),
+                           'settings': settings, 'log_size': log.size(), **more})

@@ -17,13 +17,9 @@ a replay of old rollouts.
 import argparse
 import copy
 import inspect
-import json
 import math
-import os
 import re
-import signal
 import sys
-import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional, get_args
@@ -34,9 +30,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (GPT, Discriminator, GPTConfig, carry, from_ranks, gathered, join_ranks,
-                   keep_freed_memory, linear_in_float32, load_checkpoint, lock_folder, my_share,
-                   over_ranks, ranks, save_checkpoint, sum_gradients, trim_freed_memory)
+import sample
+from model import (GPT, Discriminator, GPTConfig, Log, Stopwatch, adamw, all_sum, autocast,
+                   catch_signals, from_ranks, gathered, hold_last, linear_in_float32,
+                   load_checkpoint, open_device, open_folder, peak_memory, ranks, save, schedule,
+                   shard, trim_freed_memory, update)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -53,8 +51,6 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    control: str = ''                # a run to repeat with more MLE in its adversarial stage's time
-    log_interval: int = 10           # iterations from one printed line to the next
     eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
@@ -77,12 +73,9 @@ class Config:
     samples: int = 4                 # K, responses to each prompt
     temperature: float = 1.0         # of rollouts and of the policy learned; evaluation takes .8
     micro_batch: int = 64            # responses of one backward pass; lower it to save memory
-    grad_clip: float = 1.0           # largest gradient norm, of each network
     beta: float = 0.02               # weight of the KL from the warm start, per nat
-    anchor: float = 0.1              # weight of MLE beside the adversarial loss, at the start
-    anchor_end: float = 0.02         # and at the end
+    anchor: float = 0.1              # weight of MLE on the gold answers beside the score
     lr: float = 5e-6                 # peak learning rate of the generator
-    lr_warmup: int = 20              # generator steps up to the peak
     # discriminator
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
@@ -97,30 +90,30 @@ class Config:
     relative: bool = True            # reward the margin to the gold answer's score, not the score
     reward: Literal['final', 'dense'] = 'final'  # all at the end, or differences of prefixes'
     reward_clip: float = 2.0         # bound of a reward that is not relative, deviations
-    no_eos_reward: float = -1.0      # in place of the reward of a response that does not end
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
     minibatch: int = 64              # responses of an update, whole prompts' samples
-    clip: float = 0.2                # epsilon: how far a ratio may leave 1
-    value_clip: float = 0.2          # how far a value may leave its old one
-    approx_kl: float = 0.02          # a rollout is left when pi is so far from pi_old, nats/token
+    clip: float = 0.2                # epsilon: how far a ratio may leave 1, a value its old one
     lam: float = 0.95                # lambda of the advantage estimate; 1 trusts the returns alone
     critic_lr: float = 9e-6          # peak learning rate of the critic
     kl_target: float = 0.0           # adapt beta to hold this KL, nats/token; 0 to keep it fixed
     pretrain: float = 1.0            # gamma: weight of the likelihood of passages; 0 for none
     pretrain_file: str = ''          # a text file in place of the contexts
-    pretrain_batch_size: int = 16    # passages of an update
 
 
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
     device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=450, batch_size=128,
-    samples=2, micro_batch=256, beta=0.01, anchor=4.0, anchor_end=4.0, lr=4e-3, d_lr=2e-3,
+    samples=2, micro_batch=256, beta=0.01, anchor=4.0, lr=4e-3, d_lr=2e-3,
     d_samples=2, d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, d_replay=0.0,
     eval_interval=25, minibatch=128, critic_lr=4e-3, pretrain=.7,
 )
+LOG_INTERVAL = 10            # iterations from one printed line to the next
+NO_EOS_REWARD = -1.0         # in place of the reward of a response that does not end
+APPROX_KL = .02              # a rollout is left when pi is so far from pi_old, nats per token
+PASSAGES = 16                # of an update
 SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout lam'.split()             # lie in [0, 1]
-ABOVE_0 = 'grad_clip reward_clip clip value_clip approx_kl temperature'.split()  # may not be 0
+ABOVE_0 = 'reward_clip clip temperature'.split()  # may not be 0
 
 
 def parse(argv=None):
@@ -159,11 +152,10 @@ def parse(argv=None):
 
 def check(cfg):
     """Raises a ValueError naming the flag, its value and the remedy."""
-    may_be_0 = 'seed sft_iters iters lr_warmup d_warmup_iters'.split()
+    may_be_0 = 'seed sft_iters iters d_warmup_iters'.split()
     for name, value in asdict(cfg).items():
         least = 1 if type(value) is int and name not in may_be_0 else 0
         least, most = (0, 1) if name in SHARES else (least, math.inf)
-        least = -1e9 if name == 'no_eos_reward' else least
         if type(value) in (int, float) and not (least <= value <= most and math.isfinite(value)):
             raise ValueError(f'--{name} {value}: give a number of at least {least:g}' + (
                 f' and at most {most}' if name in SHARES else ''))
@@ -178,10 +170,6 @@ def check(cfg):
                              'multiple, the samples of a prompt are learned from together')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
-    if cfg.control and not cfg.resume and not (Path(cfg.control) / 'metrics.jsonl').is_file():
-        raise ValueError(f'--control {cfg.control} holds no run: give the out_dir of one')
-    if cfg.control and Path(cfg.control).resolve() == Path(cfg.out_dir).resolve():
-        raise ValueError(f'--control {cfg.control} is the --out_dir too: give another --out_dir')
     check_approach(cfg)
 
 
@@ -258,9 +246,9 @@ def gae(rewards, values, mask, lam):
 
 def whiten(x, mask):
     """x (B, R) with mean 0 and deviation 1 over the mask, 0 outside it."""
-    n = over_ranks(mask.sum())
-    centred = (x - over_ranks((x * mask).sum()) / n) * mask
-    return centred / (over_ranks(centred.square().sum()) / n + 1e-8).sqrt()
+    n = all_sum(mask.sum())
+    centred = (x - all_sum((x * mask).sum()) / n) * mask
+    return centred / (all_sum(centred.square().sum()) / n + 1e-8).sqrt()
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
@@ -321,11 +309,6 @@ class Critic(Discriminator):
         torch.nn.init.zeros_(self.score.bias)
 
 
-def autocast(cfg):
-    """bfloat16 activations on request; weights, losses and optimizers stay float32."""
-    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == 'bfloat16')
-
-
 @torch.no_grad()
 def rollout(generator, reference, batch, eos, rng, cfg):
     """K samples of each prompt, over the full vocabulary, and what the reference thinks of them at
@@ -352,39 +335,6 @@ def score(discriminator, prompt, pad, response, cfg):
         return torch.cat([discriminator(*part) for part in parts])
 
 
-@torch.no_grad()
-def evaluate(generator, discriminator, split, enc, cfg):
-    """
-    Figures of a generator on the first eval_prompts of a split, and its sampled answers.
-
-    Greedy answers give em and f1 in percent (has_ and no_: of answerable and unanswerable
-    questions). One sample of each prompt at temperature .8 and top-k 100, the poster's, gives the
-    rest: sample_f1; reward, the mean score in logits; d_acc, the share of pairs that the
-    discriminator gets right, a tie counting half; length in tokens with eos; distinct2.
-    """
-    rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
-    examples, greedy, sampled, parts = split.examples[:cfg.eval_prompts], [], [], []
-    for rows in np.array_split(np.arange(len(examples)), -(-len(examples) // cfg.micro_batch)):
-        batch = split.batch(rows, cfg.device)
-        for temperature, answers in (0, greedy), (.8, sampled):
-            with autocast(cfg):
-                response, mask, _ = generator.generate(
-                    batch.prompt, batch.pad, cfg.max_response, split.eos, rng=rng,
-                    temperature=temperature, top_k=100)
-            answers += data.to_text(response, mask, enc)
-        fake = carry(score(discriminator, batch.prompt, batch.pad, response, cfg), mask)[:, -1]
-        real = carry(score(discriminator, batch.prompt, batch.pad, batch.response, cfg),
-                     batch.mask)[:, -1]
-        parts.append((response, mask, fake, (real > fake).float() + .5 * (real == fake)))
-    response, mask, fake, right = (torch.cat(z) for z in zip(*parts))
-    figures = data.score_answers(greedy, examples)
-    figures |= {'sample_f1': data.score_answers(sampled, examples)['f1'],
-                'reward': fake.mean().item(), 'd_acc': right.mean().item(),
-                'length': mask.sum(1).float().mean().item(),
-                'distinct2': data.distinct(response, mask, 2)}
-    return figures, sampled
-
-
 # -----------------------------------------------------------------------------
 # training
 
@@ -407,37 +357,15 @@ class Fakes(NamedTuple):
 REPLAY = 4096                # fakes kept for replay
 
 
-def update(network, optimizer, lr, cfg):
-    """Sums the gradient over ranks, clips it, takes a step unless it is not finite; its norm."""
-    sum_gradients(network.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-    if norm.isfinite():                              # otherwise `log` ends the run
-        optimizer.step()
-    optimizer.zero_grad()                            # no network's waits while another one learns
-    return norm.item()
-
-
-def adamw(network, cfg):
-    return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-5,
-                             weight_decay=0.0, fused=cfg.device != 'mps')
-
-
-def schedule(step, steps, updates, warmup):
-    """Share of the peak learning rate: linear over `warmup` updates, cosine decay to a tenth."""
-    return min(1, updates / max(1, warmup)) * (.55 + .45 * math.cos(math.pi * step / steps))
-
-
 def mle_step(generator, optimizer, train_set, step, steps, cfg):
     """MLE update number `step` of `steps`; the loss in nats per token, the gradient's norm."""
     index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
-    batch = train_set.batch(my_share(index), cfg.device)
+    batch = train_set.batch(shard(index), cfg.device)
     with autocast(cfg):
-        loss = mle_loss(generator, batch, over_ranks(batch.mask.sum()))
+        loss = mle_loss(generator, batch, all_sum(batch.mask.sum()))
     loss.backward()
-    norm = update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50), cfg)
-    return over_ranks(loss).item(), norm
+    norm = update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50))
+    return all_sum(loss).item(), norm
 
 
 def draw_pairs(roll, index, replay, train_set, cfg):
@@ -477,9 +405,9 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
     where = differ & (pairs.real_mask | pairs.fake_mask)
     if not cfg.d_prefixes:
         where = F.pad(untied[:, None], (where.size(1) - 1, 0))
-    n_untied = over_ranks(untied.sum()).clamp(min=1)
+    n_untied = all_sum(untied.sum()).clamp(min=1)
     weights = where / where.sum(1, keepdim=True).clamp(min=1) / n_untied
-    learn = over_ranks(untied.sum()).item() > 0 and not skip
+    learn = all_sum(untied.sum()).item() > 0 and not skip
     discriminator.train(learn)
     losses, margins = [], []
     for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
@@ -487,7 +415,7 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
         with autocast(cfg), torch.set_grad_enabled(learn):
             response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
                 (p.real, p.fake), (p.real_mask, p.fake_mask)))
-            scores = carry(discriminator(p.prompt, p.pad, response), mask)   # (2 n, R)
+            scores = hold_last(discriminator(p.prompt, p.pad, response), mask)   # (2 n, R)
             real, fake = scores[::2], scores[1::2]
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
         if learn:
@@ -495,11 +423,11 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
         losses.append(loss.detach())
         margins.append((real - fake)[:, -1].detach())
     discriminator.eval()
-    d_norm = update(discriminator, optimizer, cfg.d_lr, cfg) if learn else None
+    d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
     right = (torch.cat(margins) > 0)[:fresh][untied[:fresh]]
-    n_right, n_pairs, n_fresh = (over_ranks(n) for n in (
+    n_right, n_pairs, n_fresh = (all_sum(n) for n in (
         right.sum().item(), len(right), len(untied[:fresh])))
-    return {'d_loss': over_ranks(sum(losses)).item() if over_ranks(untied.sum()).item() else None,
+    return {'d_loss': all_sum(sum(losses)).item() if all_sum(untied.sum()).item() else None,
             'd_norm': d_norm, 'd_acc': n_right / n_pairs if n_pairs else None,
             'tie_rate': 1 - n_pairs / n_fresh}
 
@@ -515,11 +443,11 @@ def prefix_values(discriminator, roll, batch, running, cfg):
     response, mask = (torch.cat((gold[:, None], sampled.unflatten(0, (-1, cfg.samples))), 1)
                       .flatten(0, 1) for gold, sampled in ((batch.response, roll.response),
                                                            (batch.mask, roll.mask)))
-    scores = carry(score(discriminator, batch.prompt, batch.pad, response, cfg), mask)
+    scores = hold_last(score(discriminator, batch.prompt, batch.pad, response, cfg), mask)
     scores = scores.unflatten(0, (-1, cfg.samples + 1))                      # (B, 1 + K, R)
     gold, scores = scores[:, 0], scores[:, 1:].flatten(0, 1)
     end = scores[:, -1]
-    sums = over_ranks(torch.stack((end.sum(), end.square().sum())))
+    sums = all_sum(torch.stack((end.sum(), end.square().sum())))
     n = len(end) * ranks()[1]
     for name, now in zip(('mean', 'square'), (sums / n).tolist()):
         before = running[name]
@@ -542,10 +470,10 @@ def look_back(generator, critic, roll, cfg):
         with autocast(cfg):
             parts.append((*generator.response_logprobs(*part, cfg.temperature), critic(*part)))
     logprobs, entropy, values = (torch.cat(z) for z in zip(*parts))
-    return logprobs, values, over_ranks((entropy * roll.mask).sum()) / over_ranks(roll.mask.sum())
+    return logprobs, values, all_sum((entropy * roll.mask).sum()) / all_sum(roll.mask.sum())
 
 
-def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages, anchor, lrs, cfg):
+def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages, lrs, cfg):
     """
     One update of policy and critic on the responses `rows`, all K of each prompt side by side, in
     micro-batches.
@@ -556,16 +484,16 @@ def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages,
               loss and anchor), pretrain_norm (of the pretraining term), pretrain
     """
     K, params = cfg.samples, list(generator.parameters())
-    n_tokens = over_ranks(roll.mask[rows].sum())
-    gold_tokens = over_ranks(batch.mask[rows[::K] // K].sum())
+    n_tokens = all_sum(roll.mask[rows].sum())
+    gold_tokens = all_sum(batch.mask[rows[::K] // K].sum())
     sums = torch.zeros(5, device=roll.mask.device)
     pretrain, pretrain_norm, kept = 0.0, 0.0, []
     if passages is not None:
         with autocast(cfg):
-            loss = passage_loss(generator, passages) * len(passages) / cfg.pretrain_batch_size
+            loss = passage_loss(generator, passages) * len(passages) / PASSAGES
         (cfg.pretrain * loss).backward()
-        pretrain, kept = over_ranks(loss).item(), [p.grad for p in params]
-        pretrain_norm = torch.nn.utils.get_total_norm([over_ranks(g) for g in kept]).item()
+        pretrain, kept = all_sum(loss).item(), [p.grad for p in params]
+        pretrain_norm = torch.nn.utils.get_total_norm([all_sum(g) for g in kept]).item()
         optimizers[0].zero_grad()
     for part in rows.split(cfg.micro_batch):
         r = Rollout(*(z[part] for z in roll))
@@ -575,40 +503,39 @@ def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages,
             logprobs, _ = generator.response_logprobs(gold.prompt, gold.pad, r.response,
                                                       cfg.temperature)
             values = critic(gold.prompt, gold.pad, r.response)
-            with torch.set_grad_enabled(anchor > 0):
+            with torch.set_grad_enabled(cfg.anchor > 0):
                 mle = mle_loss(generator, gold, gold_tokens)
         g_loss = clipped_policy_loss(logprobs, old_logprobs, advantages, r.mask,
                                      cfg.clip) / n_tokens
-        v_loss = value_loss(values, old_values, returns, r.mask, cfg.value_clip) / n_tokens
-        (g_loss + anchor * mle + v_loss).backward()
+        v_loss = value_loss(values, old_values, returns, r.mask, cfg.clip) / n_tokens
+        (g_loss + cfg.anchor * mle + v_loss).backward()
         with torch.no_grad():
             log_ratio = (logprobs - old_logprobs) * r.mask
             ratio = log_ratio.exp()
             approx_kl = (log_ratio.expm1() - log_ratio).sum() / n_tokens     # k3, Schulman 2020
             clipped = ((ratio - 1).abs() > cfg.clip).sum() / n_tokens
             sums += torch.stack((g_loss, v_loss, mle, approx_kl, clipped))
-    g_norm = torch.nn.utils.get_total_norm([over_ranks(p.grad) for p in params]).item()
+    g_norm = torch.nn.utils.get_total_norm([all_sum(p.grad) for p in params]).item()
     for p, grad in zip(params, kept):
         p.grad += grad
     for network, optimizer, lr in zip((generator, critic), optimizers, lrs):
-        update(network, optimizer, lr, cfg)
-    return [*over_ranks(sums).tolist(), g_norm, pretrain_norm, pretrain]
+        update(network, optimizer, lr)
+    return [*all_sum(sums).tolist(), g_norm, pretrain_norm, pretrain]
 
 
-def ppo_step(generator, critic, optimizers, roll, rewards, batch, passages, anchor, running, lrs,
+def ppo_step(generator, critic, optimizers, roll, rewards, batch, passages, running, lrs,
              cfg):
     """
     Epochs of minibatch updates on one rollout, left early once pi is too far from pi_old.
 
     rewards   (B*K, R) of the discriminator; the KL penalty is taken off here
     passages  (N, T) ids; each update takes its own by the count in running
-    anchor    weight of MLE on the gold answers of `batch`
     returns   dict: the means of ppo_update's figures, and kl, entropy (nats per token), beta,
               explained_variance of the returns by the old values, updates
     """
     old_logprobs, old_values, entropy = look_back(generator, critic, roll, cfg)
     log_ratio = (old_logprobs - roll.ref_logprobs) * roll.mask               # k1, (B*K, R)
-    kl, mask = (over_ranks(log_ratio.sum()) / over_ranks(roll.mask.sum())).item(), roll.mask
+    kl, mask = (all_sum(log_ratio.sum()) / all_sum(roll.mask.sum())).item(), roll.mask
     beta = cfg.beta * running['beta_factor']
     advantages, returns = gae(rewards - beta * log_ratio, old_values, mask, cfg.lam)
     old, new, seen = gathered(old_values, returns, mask)
@@ -622,15 +549,15 @@ def ppo_step(generator, critic, optimizers, roll, rewards, batch, passages, anch
         for rows in order.split(cfg.minibatch // ranks()[1]):
             drawn = None
             if cfg.pretrain:
-                index = data.order(len(passages), cfg.pretrain_batch_size, (cfg.seed, 2),
+                index = data.order(len(passages), PASSAGES, (cfg.seed, 2),
                                    running['updates'])
-                drawn = torch.from_numpy(passages[my_share(index)]).to(mask.device)
+                drawn = torch.from_numpy(passages[shard(index)]).to(mask.device)
             figures.append(ppo_update(generator, critic, optimizers, rows, past, roll, batch, drawn,
-                                      anchor, lrs, cfg))
+                                      lrs, cfg))
             running['updates'] += 1
-            if figures[-1][3] > cfg.approx_kl:
+            if figures[-1][3] > APPROX_KL:
                 break
-        if figures[-1][3] > cfg.approx_kl:
+        if figures[-1][3] > APPROX_KL:
             break
     names = 'g_loss v_loss mle approx_kl clip_fraction g_norm pretrain_norm pretrain'.split()
     record = dict(zip(names, np.mean(figures, 0).tolist()))
@@ -639,83 +566,6 @@ def ppo_step(generator, critic, optimizers, roll, rewards, batch, passages, anch
     if cfg.kl_target:                                # Ziegler et al. 2019, section 2.2
         running['beta_factor'] *= 1 + .1 * min(max(kl / cfg.kl_target - 1, -.2), .2)
     return record
-
-
-def health(roll, batch, cfg):
-    """Diversity of one sample of each prompt; `sick` beside that of the gold answers."""
-    lengths, ended, response, mask, gold, gold_mask = gathered(
-        roll.mask.sum(1), roll.ended, roll.response[::cfg.samples], roll.mask[::cfg.samples],
-        batch.response, batch.mask)
-    answers = (response, mask), (gold, gold_mask)
-    run, gold_run = (data.longest_run(*z).max().item() for z in answers)
-    distinct, gold_distinct = (data.distinct(*z, 2) for z in answers)
-    # not by entropy: on the toy it falls to a tenth in runs whose answers get better and no poorer
-    return {'length': lengths.float().mean().item(), 'eos_rate': ended.float().mean().item(),
-            'distinct2': distinct, 'longest_run': run,
-            'sick': run > 3 * gold_run or distinct < .5 * gold_distinct}
-
-
-PATIENCE = 20                # iterations in a row that may be sick
-
-
-def control_steps(reference, train_set, cfg):
-    """MLE steps to an iteration, at least 1, that take the time of the run cfg.control in all."""
-    text = (Path(cfg.control) / 'metrics.jsonl').read_text()
-    records = [json.loads(line) for line in text.splitlines()]
-    seconds = sum(sum(r.get('seconds', {}).values()) for r in records)
-    twin = copy.deepcopy(reference).requires_grad_()
-    if cfg.compile:
-        twin.compile()
-    optimizer, times = adamw(twin, cfg), []
-    for step in range(20):
-        start = time.perf_counter()
-        mle_step(twin, optimizer, train_set, step, 20, cfg)
-        times.append(time.perf_counter() - start)
-    median = over_ranks(float(np.median(times))) / ranks()[1]
-    return max(1, round(seconds / median / max(1, cfg.iters)))
-
-
-def prepare(cfg):
-    """Joins the ranks, resolves device, dtype and compile, makes out_dir, unless it holds a run;
-    returns it, and its lock, which holds as long as it is kept."""
-    if cfg.device == 'auto':
-        cfg.device = ('cuda' if torch.cuda.is_available() else
-                      'mps' if torch.backends.mps.is_available() else 'cpu')
-    try:
-        cfg.device = join_ranks(cfg.device)
-        torch.empty(1, device=cfg.device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device {cfg.device} is not to be had here: give another') from e
-    cuda = cfg.device.startswith('cuda')
-    cfg.dtype = ('bfloat16' if cuda else 'float32') if cfg.dtype == 'auto' else cfg.dtype
-    cfg.compile = cuda if cfg.compile is None else cfg.compile
-    if not cuda:
-        keep_freed_memory()
-    torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
-    # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
-    torch._dynamo.config.cache_size_limit = 64     # recompile_limit since torch 2.7
-    rank, n_ranks = ranks()
-    for name in 'batch_size', 'sft_batch_size', 'minibatch', 'pretrain_batch_size':
-        multiple = n_ranks * (cfg.samples if name == 'minibatch' else 1)
-        if getattr(cfg, name, 0) % multiple:
-            raise ValueError(f'--{name} {getattr(cfg, name)} cannot be shared by {n_ranks} ranks: '
-                             f'give a multiple of {multiple}')
-    out = Path(cfg.out_dir)
-    if rank:                                         # rank 0 writes and prints for all
-        sys.stdout = open(os.devnull, 'w')
-        over_ranks(0)
-        return out, None
-    old = [name for name in ('ckpt.pt', 'sft.pt', 'metrics.jsonl') if (out / name).exists()]
-    if old and not (cfg.resume or cfg.overwrite):
-        raise ValueError(f'--out_dir {out} holds a run ({old[0]}): give --resume, --overwrite or '
-                         'another --out_dir')
-    out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(out)
-    if cfg.overwrite:
-        for name in old:
-            (out / name).unlink()
-    over_ranks(0)                                    # the others wait for the folder
-    return out, lock
 
 
 def load_data(cfg):
@@ -747,18 +597,9 @@ def load_generator(cfg, enc):
     return generator.to(cfg.device).eval()
 
 
-def save(path, generator, cfg, **more):
-    """Rank 0's checkpoint, which GPT.from_pretrained reads; with the settings and what is given."""
-    if ranks()[0]:
-        return
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ('resume', 'overwrite')}
-    save_checkpoint(path, {'model': generator.state_dict(), 'gpt_config': asdict(generator.config),
-                           'settings': settings, **more})
-
-
 def warm_start(generator, train_set, out, log, caught, cfg):
     """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
-    path, optimizer, start = out / 'sft.pt', adamw(generator, cfg), 0
+    path, optimizer, start = out / 'sft.pt', adamw(generator), 0
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
         generator.load_strictly(saved['model'], path)
@@ -766,131 +607,16 @@ def warm_start(generator, train_set, out, log, caught, cfg):
         if start < cfg.sft_iters:
             optimizer.load_state_dict(saved['optimizer'])
     for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
-        stop = over_ranks(bool(caught)) > 0
+        stop = all_sum(bool(caught)) > 0
         if stop or step % cfg.eval_interval == 0:
-            save(path, generator, cfg, sft_iter=step, optimizer=optimizer.state_dict())
+            save(path, generator, cfg, log, sft_iter=step, optimizer=optimizer.state_dict())
         if stop:
             return False
         mle, norm = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
-        log({'sft_iter': step, 'mle': mle, 'mle_norm': norm}, step % cfg.log_interval == 0)
+        log({'sft_iter': step, 'mle': mle, 'mle_norm': norm}, step % LOG_INTERVAL == 0)
     if start < cfg.sft_iters or not path.exists():
-        save(path, generator, cfg, sft_iter=cfg.sft_iters)
+        save(path, generator, cfg, log, sft_iter=cfg.sft_iters)
     return True
-
-
-def open_log(out, cfg, sft_iter, iteration):
-    """
-    A function that appends a record to metrics.jsonl and prints it on request; a number that is not
-    finite is a FloatingPointError.
-
-    What a checkpoint at (sft_iter, iteration) does not know of is cut off first. Only rank 0 logs.
-    """
-    def check(record):
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                where = next(f'{k} {record[k]}' for k in ('iter', 'sft_iter') if k in record)
-                raise FloatingPointError(
-                    f'{name} is {value} at {where}: the checkpoint in {out} is from before; give a '
-                    'lower learning rate, a flag that ends in lr, and --resume')
-
-    if ranks()[0]:
-        return lambda record, show: check(record)
-    path = out / 'metrics.jsonl'
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for line in lines[1:]:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:                                         # torn by a crash
-            break
-        if 'final' in record:                                                # of a finished run
-            break
-        if record.get('sft_iter', -1) < sft_iter and record.get('iter', -1) < iteration:
-            kept.append(line)
-    header = json.dumps({'config': asdict(cfg), 'python': sys.version.split()[0],
-                         'torch': torch.__version__, 'threads': torch.get_num_threads(),
-                         'device': torch.cuda.get_device_name(cfg.device)
-                         if cfg.device.startswith('cuda') else cfg.device})
-    part = path.with_name('metrics.jsonl.part')
-    part.write_text('\n'.join(lines[:1] + kept if lines else [header]) + '\n')
-    os.replace(part, path)
-
-    def log(record, show):
-        check(record)
-        with open(path, 'a') as f:
-            f.write(json.dumps(record) + '\n')
-        if show:
-            flat = {**record, **record.get('dev', {})}
-            tqdm.write('  '.join(f'{k} {v:.3f}' if isinstance(v, float) else f'{k} {v}'
-                                 for k, v in flat.items() if not isinstance(v, (dict, list))
-                                 and v is not None), file=sys.stdout)
-            sys.stdout.flush()
-    return log
-
-
-def plot_curves(out):
-    """out/curves.png from out/metrics.jsonl."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    records = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()[1:]]
-    panels = [('reward', 'generator reward (mean score, logits)'), ('d_loss', 'd_loss (nats)'),
-              ('d_acc_mean', 'd_acc (pairs told apart, running mean)'),
-              ('kl', 'KL from warm start (nats/token)'), ('entropy', 'entropy (nats/token)'),
-              ('f1', 'F1 on dev (percent)')]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6))
-    for ax, (key, title) in zip(axes.flat, panels):
-        if key == 'f1':
-            for name, style in ('f1', 'o-'), ('sample_f1', 's--'):
-                points = [(r['iter'], r['dev'][name]) for r in records if 'dev' in r]
-                ax.plot(*zip(*points) if points else ((), ()), style, label=name)
-            ax.legend()
-        else:
-            points = [(r['iter'], r[key]) for r in records if r.get(key) is not None]
-            ax.plot(*zip(*points) if points else ((), ()), linewidth=1)
-        ax.set(title=title, xlabel='iteration')
-        ax.grid(alpha=.3)
-    # a layout engine would draw everything twice
-    figure.subplots_adjust(.04, .08, .99, .95, .15, .35)
-    figure.savefig(out / 'curves.png', dpi=110)
-    plt.close(figure)
-
-
-def final_table(rows):
-    """Figures by name as lines of text; reward and d_acc are those of the last discriminator."""
-    columns = [('em', 'EM'), ('f1', 'F1'), ('sample_f1', 'F1 sampled'), ('reward', 'reward'),
-               ('d_acc', 'd_acc'), ('length', 'length'), ('distinct2', 'distinct-2')]
-    lines = [' ' * 12 + ''.join(f'{title:>12}' for _, title in columns)]
-    for name, row in rows.items():
-        cells = [f'{row[key]:.3f}' if key in row else '-' for key, _ in columns]
-        lines.append(f'{name:12}' + ''.join(f'{cell:>12}' for cell in cells))
-    return '\n'.join(lines)
-
-
-class Stopwatch:
-    """Seconds by station of one iteration; waits for the GPU only when a station ends."""
-
-    def __init__(self, cfg):
-        self.cuda, self.seconds = cfg.device.startswith('cuda'), {}
-        self.start = time.perf_counter()
-
-    def __call__(self, station):
-        if self.cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[station], self.start = now - self.start, now
-        return self.seconds
-
-
-def write_samples(out, split, rows):
-    """out/samples.txt: the first dev questions, the gold answers, and one sample of each model."""
-    blocks = []
-    for example, *answers in list(zip(split.examples, *(texts for _, texts in rows.values())))[:20]:
-        lines = [f'question    {example["question"]}',
-                 f'gold        {" | ".join(example["answers"]) or data.UNANSWERABLE}']
-        lines += [f'{name:12}{text}' for name, text in zip(rows, answers)]
-        blocks.append('\n'.join(lines))
-    (out / 'samples.txt').write_text('\n\n'.join(blocks) + '\n', encoding='utf-8')
 
 
 def train(cfg, caught=()):
@@ -902,7 +628,8 @@ def train(cfg, caught=()):
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
-    out, lock = prepare(cfg)
+    open_device(cfg)
+    out, lock = open_folder(cfg)
     rank, n_ranks = ranks()
     torch.manual_seed(cfg.seed)
     # data
@@ -915,24 +642,23 @@ def train(cfg, caught=()):
     if cfg.compile:
         generator.compile()
     # warm start
-    resuming = cfg.resume and (out / 'ckpt.pt').exists()
-    saved = load_checkpoint(out / 'ckpt.pt') if resuming else {'iter': 0}
-    sft_iter = load_checkpoint(out / 'sft.pt')['sft_iter'] if cfg.resume else 0
-    log = open_log(out, cfg, sft_iter, saved['iter'])
+    files = [out / 'ckpt.pt', out / 'sft.pt'] if cfg.resume else []
+    saved = next((load_checkpoint(file) for file in files if file.exists()), {})
+    log = Log(out, cfg, saved.get('log_size', 0))
     if not warm_start(generator, train_set, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     critic = Critic(generator).to(cfg.device).eval()
-    optimizer, d_optimizer = adamw(generator, cfg), adamw(discriminator, cfg)
-    critic_optimizer = adamw(critic, cfg)
+    optimizer, d_optimizer = adamw(generator), adamw(discriminator)
+    critic_optimizer = adamw(critic)
     nothing = train_set.batch([])
     replay = Fakes(torch.zeros(0, dtype=torch.long), nothing.response, nothing.mask)
     # d_acc starts at chance; mean and square of the score are unknown until one is seen
     running = {'d_acc': .5, 'mean': None, 'square': None, 'g_steps': 0, 'sick': 0,
-               'control_steps': 0, 'beta_factor': 1.0, 'updates': 0}
+               'beta_factor': 1.0, 'updates': 0}
     # resume
-    if resuming:
+    if 'discriminator' in saved:
         generator.load_strictly(saved['model'], out / 'ckpt.pt')
         discriminator.load_state_dict(saved['discriminator'])
         optimizer.load_state_dict(saved['optimizer'])
@@ -943,27 +669,24 @@ def train(cfg, caught=()):
             raise ValueError(f'--resume: {out} is of a run on {len(saved["replay"])} ranks, not '
                              f'{n_ranks}: start as many')
         replay, running = Fakes(*saved['replay'][rank]), saved['running']
-    elif cfg.control:
-        running['control_steps'] = control_steps(reference, train_set, cfg)
-        print(f'control: {running["control_steps"]} MLE steps for each iteration', flush=True)
     if cfg.compile:
         for network in reference, discriminator, critic:
             network.compile()
 
-    for it in tqdm(range(saved['iter'], cfg.iters + 1), 'iterations', disable=None):
+    for it in tqdm(range(saved.get('iter', 0), cfg.iters + 1), 'iterations', disable=None):
         # evaluate and checkpoint
         due = it % cfg.eval_interval == 0 or it == cfg.iters
-        stop = over_ranks(bool(caught)) > 0
-        if due and rank == 0:
-            figures, sampled = evaluate(generator, discriminator, dev_set, enc, cfg)
-            log({'iter': it, 'dev': figures}, True)
+        stop = all_sum(bool(caught)) > 0
         if (due or stop) and not running['sick']:
-            save(out / 'ckpt.pt', generator, cfg, iter=it, discriminator=discriminator.state_dict(),
+            save(out / 'ckpt.pt', generator, cfg, log, iter=it,
+                 discriminator=discriminator.state_dict(),
                  optimizer=optimizer.state_dict(), d_optimizer=d_optimizer.state_dict(),
                  critic=critic.state_dict(), critic_optimizer=critic_optimizer.state_dict(),
                  replay=from_ranks(tuple(replay)), running=running)
         if due and rank == 0:
-            plot_curves(out)
+            figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
+            log({'iter': it, 'dev': figures}, True)
+            sample.draw({'this run': [sample.read_run(out)]}, out / 'curves.png')
         if due:
             trim_freed_memory()
         if stop:
@@ -972,20 +695,14 @@ def train(cfg, caught=()):
             break
 
         # rollout
-        lap = Stopwatch(cfg)
-        index = my_share(data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it))
+        lap = Stopwatch(cfg.device)
+        index = shard(data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it))
         batch = train_set.batch(index, cfg.device)
-        if cfg.control:
-            n = running['control_steps']
-            for step in range(n * it, n * it + n):
-                mle, norm = mle_step(generator, optimizer, train_set, step, n * cfg.iters, cfg)
-            log({'iter': it, 'mle': mle, 'mle_norm': norm, 'seconds': lap('mle')},
-                it % cfg.log_interval == 0)
-            continue
         torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout, replay
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
         roll = rollout(generator, reference, batch, dev_set.eos, rng, cfg)
-        record = {'iter': it, **health(roll, batch, cfg)}
+        answers = gathered(*(z.unflatten(0, (-1, cfg.samples)) for z in roll[2:5]), *batch[2:])
+        record = {'iter': it, **data.health(*answers)}
         running['sick'] = running['sick'] + 1 if record.pop('sick') else 0
         lap('rollout')
 
@@ -1003,20 +720,19 @@ def train(cfg, caught=()):
         # generator step
         values, record['reward'] = prefix_values(discriminator, roll, batch, running, cfg)
         if moving:
-            rewards = token_rewards(values, roll.mask, roll.ended, cfg.reward, cfg.no_eos_reward)
+            rewards = token_rewards(values, roll.mask, roll.ended, cfg.reward, NO_EOS_REWARD)
             if running['g_steps'] == 0:
                 critic.start_from(discriminator)
             running['g_steps'] += 1
-            share = schedule(it, cfg.iters, running['g_steps'], cfg.lr_warmup)
-            anchor = cfg.anchor + (cfg.anchor_end - cfg.anchor) * it / cfg.iters
+            share = schedule(it, cfg.iters, running['g_steps'], 20)
             record |= ppo_step(generator, critic, (optimizer, critic_optimizer), roll, rewards,
-                               batch, passages, anchor, running,
+                               batch, passages, running,
                                (cfg.lr * share, cfg.critic_lr * share), cfg)
         seconds = lap('generator')
 
         # log
-        log({**record, 'seconds': seconds}, it % cfg.log_interval == 0)
-        if running['sick'] > PATIENCE:
+        log({**record, 'seconds': seconds}, it % LOG_INTERVAL == 0)
+        if running['sick'] > 20:                     # iterations in a row
             answers = data.to_text(roll.response, roll.mask, enc)
             answer = max(answers, key=answers.count)
             log({'iter': it, 'collapsed': answer}, False)
@@ -1027,41 +743,11 @@ def train(cfg, caught=()):
 
     if rank:
         return None
-    rows = {name: evaluate(network, discriminator, dev_set, enc, cfg)
-            for name, network in (('warm start', reference), ('tuned', generator))}
-    write_samples(out, dev_set, rows)
-    figures = {name: row for name, (row, _) in rows.items()}
-    if cfg.control:                             # its discriminator has learned nothing
-        figures['more MLE'] = figures.pop('tuned')
-        for row in figures.values():
-            del row['reward'], row['d_acc']
+    figures = sample.finish({'warm start': reference, 'tuned': generator}, discriminator, dev_set,
+                            enc, out, cfg)
     log({'final': figures}, False)
-    print(final_table(figures), flush=True)
     print(f'peak memory {peak_memory(cfg.device):.2f} GiB', flush=True)
     return figures
-
-
-def peak_memory(device):
-    """The most memory this process has held, GiB: of the GPU, or of the machine on a CPU."""
-    if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    import resource                                  # not on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (30 if sys.platform == 'darwin' else 20)
-
-
-def catch_signals():
-    """A list that SIGINT or SIGTERM puts its number into; a second one ends the process at once."""
-    caught = []
-
-    def handler(number, _):
-        if caught:
-            os._exit(128 + number)
-        caught.append(number)
-
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, handler)
-    return caught
 
 
 def main(argv=None):

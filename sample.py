@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import GPT, Discriminator, carry, load_checkpoint
+from model import GPT, Discriminator, autocast, hold_last, load_checkpoint
 
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32)
 
@@ -141,6 +141,63 @@ def markdown(header, rows):
 
 
 # -----------------------------------------------------------------------------
+# what a script shows of its own run
+
+
+@torch.no_grad()
+def evaluate_run(generator, discriminator, split, enc, cfg):
+    """
+    Figures of a generator on the first eval_prompts of a split, and its sampled answers.
+
+    Greedy answers give em and f1 in percent (has_ and no_: of answerable and unanswerable
+    questions). One sample of each prompt at temperature .8 and top-k 100, the poster's, gives the
+    rest: sample_f1; reward, the mean score in logits; d_acc, the share of pairs that the
+    discriminator gets right, a tie counting half; length in tokens with eos; distinct2.
+    """
+    rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
+    examples, greedy, sampled, parts = split.examples[:cfg.eval_prompts], [], [], []
+    for rows in np.array_split(np.arange(len(examples)), -(-len(examples) // cfg.micro_batch)):
+        batch = split.batch(rows, cfg.device)
+        for temperature, answers in (0, greedy), (.8, sampled):
+            with autocast(cfg):
+                response, mask, _ = generator.generate(
+                    batch.prompt, batch.pad, cfg.max_response, split.eos, rng=rng,
+                    temperature=temperature, top_k=100)
+            answers += data.to_text(response, mask, enc)
+        with autocast(cfg):
+            fake, real = (hold_last(discriminator(batch.prompt, batch.pad, ids), m)[:, -1]
+                          for ids, m in ((response, mask), (batch.response, batch.mask)))
+        parts.append((response, mask, fake, (real > fake).float() + .5 * (real == fake)))
+    response, mask, fake, right = (torch.cat(z) for z in zip(*parts))
+    figures = data.score_answers(greedy, examples)
+    figures |= {'sample_f1': data.score_answers(sampled, examples)['f1'],
+                'reward': fake.mean().item(), 'd_acc': right.mean().item(),
+                'length': mask.sum(1).float().mean().item(),
+                'distinct2': data.distinct(response, mask, 2)}
+    return figures, sampled
+
+
+def finish(networks, discriminator, split, enc, out, cfg):
+    """Evaluates networks by name, the last of a run, on a split, prints their table, writes one
+    sample of each to out/samples.txt; returns the figures by name."""
+    rows = {name: evaluate_run(network, discriminator, split, enc, cfg)
+            for name, network in networks.items()}
+    blocks = []
+    for example, *answers in list(zip(split.examples, *(texts for _, texts in rows.values())))[:20]:
+        lines = [f'question    {example["question"]}',
+                 f'gold        {" | ".join(example["answers"]) or data.UNANSWERABLE}']
+        lines += [f'{name:12}{text}' for name, text in zip(rows, answers)]
+        blocks.append('\n'.join(lines))
+    (out / 'samples.txt').write_text('\n\n'.join(blocks) + '\n', encoding='utf-8')
+    columns = {'em': 'EM', 'f1': 'F1', 'sample_f1': 'F1 sampled', 'reward': 'reward',
+               'd_acc': 'd_acc', 'length': 'length', 'distinct2': 'distinct-2'}
+    print(' ' * 12 + ''.join(f'{title:>12}' for title in columns.values()))
+    for name, (figures, _) in rows.items():
+        print(f'{name:12}' + ''.join(f'{figures[key]:12.3f}' for key in columns), flush=True)
+    return {name: figures for name, (figures, _) in rows.items()}
+
+
+# -----------------------------------------------------------------------------
 # judging
 
 
@@ -194,7 +251,7 @@ def fresh_discriminator(trunk, split, fake, fake_mask, args):
         b = split.batch(rows, args.device)
         response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
             (b.response, fake[rows]), (b.mask, fake_mask[rows])))
-        scores = carry(network(b.prompt, b.pad, response), mask)
+        scores = hold_last(network(b.prompt, b.pad, response), mask)
         real, sampled = scores[::2], scores[1::2]
         differ = (b.response != fake[rows]).cumsum(1) > 0
         return real - sampled, differ & (b.mask | fake_mask[rows])
@@ -413,15 +470,11 @@ def smooth(points):
             for part in (points[k:k + width] for k in range(0, len(points), width))}
 
 
-def plot(args):
-    """One PNG of several runs: the mean over the seeds of a name, and the band they span."""
+def draw(groups, out):
+    """A PNG of runs, lists of records, by name: the mean over those of a name, and their band."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    groups = defaultdict(list)
-    for name, path in names(args.plot):
-        groups[re.sub(r'-\d+$', '', Path(name).stem) if name == path else name].append(
-            read_run(path))
     grey = '#858c95'                                 # reads on white and on black
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), facecolor='none')
     for ax, (title, value) in zip(axes.flat, PANELS.items()):
@@ -438,14 +491,26 @@ def plot(args):
         ax.tick_params(colors=grey, labelsize=9)
         ax.spines[:].set_color(grey)
         ax.grid(color=grey, alpha=.25)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='lower center', frameon=False,
-                  ncols=min(len(groups), 6), labelcolor=grey, fontsize=11)
-    lines = -(-len(groups) // 6)
+    lines = 0
+    if len(groups) > 1:
+        lines = -(-len(groups) // 6)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='lower center', frameon=False,
+                      ncols=min(len(groups), 6), labelcolor=grey, fontsize=11)
+    # by hand: a layout engine would render the figure once more
     figure.subplots_adjust(.035, .07 + .05 * lines, .99, .94, .17, .28)
-    out = Path(args.out or 'out/curves.png')
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     plt.close(figure)
+
+
+def plot(args):
+    """One PNG of several runs; those of one name are its seeds."""
+    groups = defaultdict(list)
+    for name, path in names(args.plot):
+        groups[re.sub(r'-\d+$', '', Path(name).stem) if name == path else name].append(
+            read_run(path))
+    out = Path(args.out or 'out/curves.png')
+    draw(groups, out)
     print(f'wrote {out}')
 
 

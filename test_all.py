@@ -657,7 +657,7 @@ def test_reinforce_gradient_is_exact():
 
 
 def test_reinforce_step_takes_the_gradient_of_its_parts():
-    cfg = reinforce.parse(['--tiny', '--beta', '.3', '--grad_clip', '1e9', '--micro_batch', '4'])
+    cfg = reinforce.parse(['--tiny', '--beta', '.3', '--micro_batch', '4'])
     policy = tiny_gpt(3)
     batch = data.Batch(torch.randint(0, 12, (4, 5)), torch.tensor([0, 1, 2, 0]),
                        torch.randint(0, 12, (4, 3)), torch.ones(4, 3).bool())
@@ -764,7 +764,7 @@ def test_discriminator_gradient_is_that_of_the_objective():
     torch.nn.init.normal_(network.score.weight)
     optimizer = Keep(network)
     for kind, prefixes in itertools.product(('minimax', 'pair'), (False, True)):
-        cfg = reinforce.parse(['--d_loss', kind, '--d_lr', '0', '--grad_clip', '1e9'])
+        cfg = reinforce.parse(['--d_loss', kind, '--d_lr', '0'])
         cfg.d_prefixes, cfg.device, cfg.dtype, cfg.micro_batch = prefixes, 'cpu', 'float32', 2
         out = reinforce.discriminator_step(network, optimizer, pairs, 3, False, cfg)
         got = optimizer.kept
@@ -794,7 +794,7 @@ def test_a_batch_of_ties_moves_no_discriminator():
     before = {k: v.clone() for k, v in network.state_dict().items()}
     ids, mask = torch.ones(4, 3, dtype=torch.long), torch.ones(4, 3).bool()
     pairs = reinforce.Pairs(ids, torch.zeros(4, dtype=torch.long), ids, mask, ids, mask)
-    out = reinforce.discriminator_step(network, reinforce.adamw(network, cfg), pairs, 4, False, cfg)
+    out = reinforce.discriminator_step(network, model.adamw(network), pairs, 4, False, cfg)
     assert out == {'d_loss': None, 'd_norm': None, 'd_acc': None, 'tie_rate': 1.0}
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
@@ -886,7 +886,7 @@ def test_clipping_by_hand():
 def ppo_case(*flags):
     """Policy, critic, rollout, rewards and the rest that a PPO step wants, small."""
     cfg = ppo.parse(['--tiny', '--samples', '2', '--batch_size', '4', '--minibatch', '8',
-                     '--max_response', '5', '--grad_clip', '1e9', *flags])
+                     '--max_response', '5', *flags])
     cfg.device, cfg.dtype = 'cpu', 'float32'
     policy, critic = tiny_gpt(3), ppo.Critic(tiny_gpt(4)).eval()
     torch.nn.init.normal_(critic.score.weight)
@@ -902,7 +902,7 @@ def ppo_case(*flags):
 def test_ppo_update_takes_the_gradient_of_its_parts():
     """In micro-batches, with ratios away from 1; the first ratio is 1; both norms are told."""
     cfg, policy, critic, batch, roll, rewards, optimizers, passages = ppo_case(
-        '--pretrain', '.7', '--pretrain_batch_size', '3')
+        '--pretrain', '.7')
     P, mask = 5, roll.mask
     old, values, entropy = ppo.look_back(policy, critic, roll, cfg)
     tokens = torch.cat((roll.prompt, roll.response), 1)
@@ -1013,7 +1013,7 @@ def test_ppo_stops_early_and_adapts_beta():
     for flags, updates in (['--approx_kl', '1e-7'], 1), (['--approx_kl', '1e9'], 6):
         cfg, policy, critic, batch, roll, rewards, _, passages = ppo_case(
             '--epochs', '3', '--minibatch', '4', '--beta', '.1', '--kl_target', '.01', *flags)
-        optimizers = [ppo.adamw(net, cfg) for net in (policy, critic)]
+        optimizers = [model.adamw(net) for net in (policy, critic)]
         running = {'beta_factor': 1., 'updates': 0}
         record = ppo.ppo_step(policy, critic, optimizers, roll, rewards, batch, passages.numpy(),
                               0., running, (1e-3, 1e-3), cfg)
@@ -1108,7 +1108,7 @@ def test_gumbel_gradient_is_that_of_the_sequential_sampler():
 
 def gradient_of(gpt, discriminator, r, z):
     """Of the mean score of samples z by the generator's parameters."""
-    s = model.carry(discriminator(r.prompt, r.pad, z), r.mask)[:, -1]
+    s = model.hold_last(discriminator(r.prompt, r.pad, z), r.mask)[:, -1]
     return torch.autograd.grad(s.mean(), list(gpt.parameters()))
 
 
@@ -1140,7 +1140,7 @@ def test_gumbel_steps_take_the_gradient_of_their_parts():
     # noise is drawn by micro-batch, so where gold answers are relaxed there is one
     for encoding, micro in ('soft', '6'), ('hard', '4'), ('mixed', '6'):
         cfg = gumbel.parse(['--tiny', '--samples', '1', '--d_samples', '1', '--micro_batch', micro,
-                            '--grad_clip', '1e9', '--beta', '.3', '--encoding', encoding,
+                            '--beta', '.3', '--encoding', encoding,
                             '--temperature', '.5'])
         cfg.dtype, optimizer = 'float32', Keep(gpt)
         rngs = [torch.Generator().manual_seed(2) for _ in range(2)]
@@ -1181,7 +1181,7 @@ def test_a_gumbel_step_on_k_samples_is_that_on_as_many_prompts():
     gold, mask = torch.randint(0, 12, (3, 4)), torch.arange(4) < torch.tensor([[4], [2], [3]])
     for K in 1, 2:
         cfg = replace(gumbel.parse(['--tiny', '--samples', '2', '--encoding', 'hard', '--beta',
-                                    '.3', '--grad_clip', '1e9', '--micro_batch', '4',
+                                    '.3', '--micro_batch', '4',
                                     '--temperature', '.5']), samples=K, dtype='float32')
         batch = data.Batch(prompt[::2], pad[::2], gold, mask)
         batch = data.Batch(*(z.repeat_interleave(2 // K, 0) for z in batch))
@@ -1210,7 +1210,7 @@ def test_gradient_penalty_against_finite_differences():
     _, discriminator, r = small_rollout(torch.float64)
 
     def score(onehots):
-        return model.carry(discriminator(r.prompt, r.pad, onehots), r.mask)[:, -1]
+        return model.hold_last(discriminator(r.prompt, r.pad, onehots), r.mask)[:, -1]
 
     with torch.no_grad():
         onehots, wanted = F.one_hot(r.response, 13).double(), 0.0
@@ -1667,7 +1667,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     before, cfg = gpt.wte.weight.clone(), reinforce.parse(['--tiny'])
     gpt(torch.tensor([[1, 2]])).sum().backward()
     gpt.wte.weight.grad[0, 0] = math.inf
-    assert not math.isfinite(reinforce.update(gpt, reinforce.adamw(gpt, cfg), 1., cfg))
+    assert not math.isfinite(model.update(gpt, model.adamw(gpt), 1.))
     assert torch.equal(gpt.wte.weight, before)
 
 
@@ -1681,12 +1681,18 @@ def sentence_or_result(call, *args):
         return False
 
 
-def fuzzed(examples):
-    """Calls a function of `draw` so many times, with other choices each time; needs hypothesis."""
+def strategies():
+    """Hypothesis's, which is no requirement of the scripts."""
     try:
-        import hypothesis
+        import hypothesis.strategies
     except ImportError as e:
         raise unittest.SkipTest('hypothesis is not installed') from e
+    return hypothesis.strategies
+
+
+def fuzzed(examples):
+    """Calls a function of `draw` so many times, with other choices each time."""
+    import hypothesis
 
     def run(function):
         wanted = hypothesis.settings(max_examples=examples, deadline=None, database=None,
@@ -1698,7 +1704,7 @@ def fuzzed(examples):
 
 def damaged(draw, raw):
     """Bytes with some flipped, cut out or put in, or cut off."""
-    from hypothesis import strategies as st
+    st = strategies()
     raw = bytearray(raw)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(raw) - 1)))
@@ -1715,7 +1721,7 @@ def damaged(draw, raw):
 
 
 def fuzz_squad(examples):
-    from hypothesis import strategies as st
+    st = strategies()
     path, counts = folder('fuzz') / 'train-v2.0.json', [0, 0]
     scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
     anything = st.recursive(scalars, lambda z: st.lists(z, max_size=3)
@@ -1756,7 +1762,7 @@ def fuzz_squad(examples):
 
 
 def fuzz_checkpoints(examples, kind):
-    from hypothesis import strategies as st
+    st = strategies()
     at, counts = folder(f'fuzz {kind}'), [0, 0]
     gpt = tiny_gpt(vocab_size=11, n_layer=1)
     if kind == 'safetensors':
@@ -1834,7 +1840,7 @@ def as_rank(name, path, rank, n):
 def steps_of_all_scripts(path, rank):
     """Saves the gradients and figures of every kind of update on this rank's share of 6 prompts."""
     found = {}
-    mine = model.my_share(np.arange(6))
+    mine = model.shard(np.arange(6))
     rows = (mine[:, None] * 2 + np.arange(2)).ravel()
     gpt, reference, P = tiny_gpt(3), tiny_gpt(5), 5
     discriminator, critic = Discriminator(tiny_gpt(1)).eval(), ppo.Critic(tiny_gpt(4)).eval()
@@ -1852,7 +1858,7 @@ def steps_of_all_scripts(path, rank):
     with torch.no_grad():
         ref_logprobs, _ = reference.logprobs(torch.cat((prompt, response), 1), pad, P)
     common = [z[rows] for z in (prompt, pad, response, mask, mask[:, -1])]
-    flags = ['--tiny', '--grad_clip', '1e9', '--beta', '.3', '--micro_batch', '4']
+    flags = ['--tiny', '--beta', '.3', '--micro_batch', '4']
     for script in SCRIPTS:
         name = script.__name__
         cfg = script.parse(flags + {'ppo': ['--epochs', '1', '--minibatch', '12', '--pretrain_batch'
@@ -2020,7 +2026,7 @@ def test_frozen_parts_hold_no_gradients_and_no_optimizer_state():
 def test_variants_run():
     poster = ['--baseline', 'mean', '--samples', '1', '--d_samples', '1', '--d_loss', 'minimax',
               '--no-d_prefixes', '--no-context', '--sft_iters', '0', '--anchor', '0',
-              '--anchor_end', '0', '--d_warmup_iters', '0', '--d_max_acc', '1', '--no-relative']
+              '--d_warmup_iters', '0', '--d_max_acc', '1', '--no-relative']
     for script, flags in ((reinforce, poster), (reinforce, ['--reward', 'dense']),
                           (reinforce, ['--dtype', 'bfloat16']), (reinforce, ['--iters', '0']),
                           (reinforce, ['--max_response', '1']),
