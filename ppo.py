@@ -87,9 +87,7 @@ class Config:
     d_dropout: float = 0.1           # in its own step only
     d_replay: float = 0.25           # share of its fakes that are from earlier iterations
     # reward
-    relative: bool = True            # reward the margin to the gold answer's score, not the score
-    reward: Literal['final', 'dense'] = 'final'  # all at the end, or differences of prefixes'
-    reward_clip: float = 2.0         # bound of a reward that is not relative, deviations
+    reward: Literal['margin', 'score', 'none'] = 'margin'  # see `reward`
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
     minibatch: int = 64              # responses of an update, whole prompts' samples
@@ -113,7 +111,7 @@ NO_EOS_REWARD = -1.0         # in place of the reward of a response that does no
 APPROX_KL = .02              # a rollout is left when pi is so far from pi_old, nats per token
 PASSAGES = 16                # of an update
 SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout lam'.split()             # lie in [0, 1]
-ABOVE_0 = 'reward_clip clip temperature'.split()  # may not be 0
+ABOVE_0 = 'clip temperature'.split()  # may not be 0
 
 
 def parse(argv=None):
@@ -205,24 +203,6 @@ def discriminator_loss(real, fake, kind):
     if kind == 'pair':
         return F.softplus(fake - real)
     return F.softplus(-real) + F.softplus(fake)
-
-
-def token_rewards(values, mask, ended, kind, no_eos):
-    """
-    Rewards of tokens from the values of the prefixes they end.
-
-    values   (B, R) z_t, of what the discriminator thinks of the response up to token t
-    mask     (B, R) True up to and including eos; ended (B,) whether eos came within R
-    kind     final: z at the last token, nothing before; dense: z_t - z_(t-1) with z_0 = 0, whose
-             sum is the same (a potential, Ng et al. 1999)
-    no_eos   in place of the last z of a response that has not ended
-    returns  (B, R), 0 outside the mask
-    """
-    at_end = mask & ~F.pad(mask[:, 1:], (0, 1))
-    z = torch.where(at_end & ~ended[:, None], no_eos, values)
-    if kind == 'final':
-        return z * at_end
-    return (z - F.pad(z[:, :-1], (1, 0))) * mask
 
 
 def gae(rewards, values, mask, lam):
@@ -432,32 +412,28 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
             'tie_rate': 1 - n_pairs / n_fresh}
 
 
-def prefix_values(discriminator, roll, batch, running, cfg):
+def reward(discriminator, roll, batch, cfg):
     """
-    What each prefix of the sampled answers is worth, and the mean score of the whole ones, logits.
+    Rewards of the sampled answers, (B*K, R): 0 but at the last token, and the mean score in logits.
 
-    relative: z_t = tanh((s_t - s*_t) / 2) = 2 sigmoid(s_t - s*_t) - 1, where s* scores the gold
-    answer: 0 for the gold answer itself, -1 for a sure fake, however sure. Otherwise the score,
-    standardised by a running mean and deviation and clipped. Both are (B*K, R).
+    margin  tanh((s - s*) / 2) = 2 sigmoid(s - s*) - 1, s* of the gold answer as far as that token:
+            0 where the two cannot be told apart, -1 for a sure fake, however sure
+    score   s itself, the poster's
+    none    0: what is left is the KL penalty and the anchor
+    An answer that does not end gets -1 in its place.
     """
     response, mask = (torch.cat((gold[:, None], sampled.unflatten(0, (-1, cfg.samples))), 1)
                       .flatten(0, 1) for gold, sampled in ((batch.response, roll.response),
                                                            (batch.mask, roll.mask)))
     scores = hold_last(score(discriminator, batch.prompt, batch.pad, response, cfg), mask)
     scores = scores.unflatten(0, (-1, cfg.samples + 1))                      # (B, 1 + K, R)
-    gold, scores = scores[:, 0], scores[:, 1:].flatten(0, 1)
-    end = scores[:, -1]
-    sums = all_sum(torch.stack((end.sum(), end.square().sum())))
-    n = len(end) * ranks()[1]
-    for name, now in zip(('mean', 'square'), (sums / n).tolist()):
-        before = running[name]
-        running[name] = now if before is None else .9 * before + .1 * now
-    if cfg.relative:
-        values = ((scores - gold.repeat_interleave(cfg.samples, 0)) / 2).tanh()
-    else:
-        std = max(running['square'] - running['mean'] ** 2, 1e-6) ** .5
-        values = ((scores - running['mean']) / std).clamp(-cfg.reward_clip, cfg.reward_clip)
-    return values, sums[0].item() / n
+    gold, scores = scores[:, :1], scores[:, 1:]
+    values = {'margin': ((scores - gold) / 2).tanh(), 'score': scores,
+              'none': torch.zeros_like(scores)}[cfg.reward].flatten(0, 1)
+    values = torch.where(roll.ended[:, None], values, NO_EOS_REWARD)
+    last = roll.mask & ~F.pad(roll.mask[:, 1:], (0, 1))
+    mean = all_sum(scores[..., -1].sum()).item() / len(values) / ranks()[1]
+    return values * last, mean
 
 
 @torch.no_grad()
@@ -654,9 +630,8 @@ def train(cfg, caught=()):
     critic_optimizer = adamw(critic)
     nothing = train_set.batch([])
     replay = Fakes(torch.zeros(0, dtype=torch.long), nothing.response, nothing.mask)
-    # d_acc starts at chance; mean and square of the score are unknown until one is seen
-    running = {'d_acc': .5, 'mean': None, 'square': None, 'g_steps': 0, 'sick': 0,
-               'beta_factor': 1.0, 'updates': 0}
+    # d_acc starts at chance
+    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'beta_factor': 1.0, 'updates': 0}
     # resume
     if 'discriminator' in saved:
         generator.load_strictly(saved['model'], out / 'ckpt.pt')
@@ -718,9 +693,8 @@ def train(cfg, caught=()):
         lap('discriminator')
 
         # generator step
-        values, record['reward'] = prefix_values(discriminator, roll, batch, running, cfg)
+        rewards, record['reward'] = reward(discriminator, roll, batch, cfg)
         if moving:
-            rewards = token_rewards(values, roll.mask, roll.ended, cfg.reward, NO_EOS_REWARD)
             if running['g_steps'] == 0:
                 critic.start_from(discriminator)
             running['g_steps'] += 1
