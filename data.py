@@ -302,26 +302,14 @@ def order(n, batch_size, seed, step):
     return out
 
 
-def load_passages(file, examples, enc, length):
+def load_passages(examples, enc, length):
     """
-    Plain text for language modelling: token ids (N, length), passages one after the other with eos
-    between them, cut into rows; a text shorter than a row is repeated to fill one.
-
-    file     a UTF-8 text file; '' for the contexts of `examples`, each once
-    raises   FileNotFoundError, ValueError naming the file
+    The contexts of examples, each once, for language modelling: token ids (N, length), one context
+    after the other with eos between them, cut into rows; if all of them do not fill a row, they
+    are repeated.
     """
     # as in a prompt, where a space stands before the context
-    texts = list(dict.fromkeys(' ' + e['context'].strip() for e in examples))
-    if file:
-        try:
-            texts = [Path(file).read_text(encoding='utf-8').strip()]
-        except OSError as e:
-            raise FileNotFoundError(f'--pretrain_file {file} cannot be read '
-                                    f'({type(e).__name__}): give a text file') from e
-        except UnicodeDecodeError as e:
-            raise ValueError(f'--pretrain_file {file} is not UTF-8 text: {e}') from e
-        if not texts[0]:
-            raise ValueError(f'--pretrain_file {file} is empty: give a text file')
+    texts = dict.fromkeys(' ' + e['context'].strip() for e in examples)
     ids = [i for text in texts for i in [*enc.encode_ordinary(text), enc.eot_token]]
     ids = np.resize(ids, max(len(ids), length))
     return ids[:len(ids) // length * length].reshape(-1, length)

@@ -94,9 +94,7 @@ class Config:
     clip: float = 0.2                # epsilon: how far a ratio may leave 1, a value its old one
     lam: float = 0.95                # lambda of the advantage estimate; 1 trusts the returns alone
     critic_lr: float = 9e-6          # peak learning rate of the critic
-    kl_target: float = 0.0           # adapt beta to hold this KL, nats/token; 0 to keep it fixed
     pretrain: float = 1.0            # gamma: weight of the likelihood of passages; 0 for none
-    pretrain_file: str = ''          # a text file in place of the contexts
 
 
 TINY = dict(
@@ -176,9 +174,6 @@ def check_approach(cfg):
     if cfg.minibatch > cfg.batch_size * cfg.samples:
         raise ValueError(f'--minibatch {cfg.minibatch} exceeds the rollout, --batch_size '
                          f'{cfg.batch_size} x --samples {cfg.samples}: lower it')
-    if cfg.kl_target and not cfg.beta:
-        raise ValueError(f'--kl_target {cfg.kl_target} with --beta 0: beta is adapted by factors, '
-                         'give --beta a number above 0')
 
 
 # -----------------------------------------------------------------------------
@@ -506,14 +501,13 @@ def ppo_step(generator, critic, optimizers, roll, rewards, batch, passages, runn
 
     rewards   (B*K, R) of the discriminator; the KL penalty is taken off here
     passages  (N, T) ids; each update takes its own by the count in running
-    returns   dict: the means of ppo_update's figures, and kl, entropy (nats per token), beta,
+    returns   dict: the means of ppo_update's figures, and kl, entropy (nats per token)
               explained_variance of the returns by the old values, updates
     """
     old_logprobs, old_values, entropy = look_back(generator, critic, roll, cfg)
     log_ratio = (old_logprobs - roll.ref_logprobs) * roll.mask               # k1, (B*K, R)
     kl, mask = (all_sum(log_ratio.sum()) / all_sum(roll.mask.sum())).item(), roll.mask
-    beta = cfg.beta * running['beta_factor']
-    advantages, returns = gae(rewards - beta * log_ratio, old_values, mask, cfg.lam)
+    advantages, returns = gae(rewards - cfg.beta * log_ratio, old_values, mask, cfg.lam)
     old, new, seen = gathered(old_values, returns, mask)
     unexplained = ((new - old)[seen].var(correction=0)
                    / new[seen].var(correction=0).clamp(min=1e-8))
@@ -537,10 +531,8 @@ def ppo_step(generator, critic, optimizers, roll, rewards, batch, passages, runn
             break
     names = 'g_loss v_loss mle approx_kl clip_fraction g_norm pretrain_norm pretrain'.split()
     record = dict(zip(names, np.mean(figures, 0).tolist()))
-    record |= {'kl': kl, 'entropy': entropy.item(), 'beta': beta,
+    record |= {'kl': kl, 'entropy': entropy.item(),
                'explained_variance': 1 - unexplained.item(), 'updates': len(figures)}
-    if cfg.kl_target:                                # Ziegler et al. 2019, section 2.2
-        running['beta_factor'] *= 1 + .1 * min(max(kl / cfg.kl_target - 1, -.2), .2)
     return record
 
 
@@ -610,7 +602,7 @@ def train(cfg, caught=()):
     torch.manual_seed(cfg.seed)
     # data
     enc, train_set, dev_set = load_data(cfg)
-    passages = data.load_passages(cfg.pretrain_file, train_set.examples, enc,
+    passages = data.load_passages(train_set.examples, enc,
                                   cfg.max_prompt + cfg.max_response) if cfg.pretrain else None
     # models
     generator = load_generator(cfg, enc)
@@ -631,7 +623,7 @@ def train(cfg, caught=()):
     nothing = train_set.batch([])
     replay = Fakes(torch.zeros(0, dtype=torch.long), nothing.response, nothing.mask)
     # d_acc starts at chance
-    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'beta_factor': 1.0, 'updates': 0}
+    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'updates': 0}
     # resume
     if 'discriminator' in saved:
         generator.load_strictly(saved['model'], out / 'ckpt.pt')
