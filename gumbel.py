@@ -26,7 +26,6 @@ from typing import Literal, NamedTuple, Optional, get_args
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
@@ -90,7 +89,6 @@ class Config:
     tau: float = 1.0                 # temperature of the relaxed samples, at the start
     tau_end: float = 0.5             # and at the end
     encoding: Literal['soft', 'hard', 'mixed'] = 'soft'  # relaxed; one-hot; relaxed but for golds
-    r1: float = 0.0                  # penalty on the discriminator's gradient at gold answers
 
 
 TINY = dict(
@@ -362,20 +360,6 @@ def draw_pairs(roll, index, replay, train_set, cfg):
     return pairs, n_new, replay
 
 
-def gradient_penalty(discriminator, prompt, pad, real, real_mask):
-    """
-    R1 of Mescheder et al. 2018: squared gradient of the gold answers' scores by real (N, R, V).
-
-    Mean over the answers and the vocabulary, sum over tokens; a scalar with gradient. It takes
-    attention's plain form, uncompiled: the fused ones have no second derivative.
-    """
-    real = real.to(discriminator.score.weight.dtype).requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance('force_eager'):
-        s = hold_last(discriminator(prompt, pad, real), real_mask)[:, -1]
-        grad, = torch.autograd.grad(s.sum(), real, create_graph=True)
-    return grad.square().mean(-1).sum() / len(real)
-
-
 def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, tau, rng, cfg):
     """
     One update on pairs. Ties, whose sampled answer is the gold one, are left out.
@@ -385,8 +369,7 @@ def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, 
     relaxed by the generator's logits and noise from rng, at temperature tau.
     fresh    so many pairs in front are of this iteration: the figures are theirs
     skip     measure only
-    returns  dict: d_loss in nats, d_norm, d_acc (None if all tie), tie_rate, reward (mean score),
-             r1
+    returns  dict: d_loss in nats, d_norm, d_acc (None if all tie), tie_rate, reward (mean score)
     """
     differ = (pairs.real != pairs.fake).cumsum(1) > 0                        # (N, R)
     untied = differ[:, -1]
@@ -397,7 +380,7 @@ def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, 
     weights = where / where.sum(1, keepdim=True).clamp(min=1) / n_untied
     learn = all_sum(untied.sum()).item() > 0 and not skip
     discriminator.train(learn)
-    losses, margins, ends, penalty = [], [], [], 0.0
+    losses, margins, ends = [], [], []
     for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
         p = Pairs(*(z[rows] for z in pairs))
         gold, sample = (encode(generator, p.prompt, p.pad, *answer, tau, rng, soft, cfg)
@@ -411,11 +394,6 @@ def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, 
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
         if learn:
             loss.backward()
-            if cfg.r1:
-                r1 = gradient_penalty(discriminator, p.prompt, p.pad, gold, p.real_mask)
-                r1 = r1 * len(rows) / len(untied) / ranks()[1]
-                (cfg.r1 * r1).backward()
-                penalty += r1.item()
         losses.append(loss.detach())
         margins.append((real - fake)[:, -1].detach())
         ends.append(fake[:, -1].detach())
@@ -427,8 +405,7 @@ def discriminator_step(discriminator, generator, optimizer, pairs, fresh, skip, 
     return {'d_loss': all_sum(sum(losses)).item() if all_sum(untied.sum()).item() else None,
             'd_norm': d_norm, 'd_acc': n_right / n_pairs if n_pairs else None,
             'tie_rate': 1 - n_pairs / n_fresh,
-            'reward': all_sum(torch.cat(ends)[:fresh].sum()).item() / n_fresh,
-            'r1': all_sum(penalty)}
+            'reward': all_sum(torch.cat(ends)[:fresh].sum()).item() / n_fresh}
 
 
 def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, lr, tau, rng,
