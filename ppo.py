@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 import sample
 from model import (GPT, Discriminator, GPTConfig, Log, Stopwatch, adamw, all_sum, autocast,
-                   catch_signals, from_ranks, gathered, hold_last, linear_in_float32,
+                   catch_signals, gathered, hold_last, linear_in_float32,
                    load_checkpoint, open_device, open_folder, peak_memory, ranks, save, schedule,
                    shard, trim_freed_memory, update)
 
@@ -80,12 +80,10 @@ class Config:
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
     d_lr: float = 1e-5               # its learning rate
-    d_samples: int = 1               # responses to each prompt in its step
     d_warmup_iters: int = 200        # at most so many iterations before the generator moves
     d_warmup_acc: float = 0.75       # or until the running pair accuracy gets there
     d_max_acc: float = 0.85          # steps are skipped while the running pair accuracy is above
     d_dropout: float = 0.1           # in its own step only
-    d_replay: float = 0.25           # share of its fakes that are from earlier iterations
     # reward
     reward: Literal['margin', 'score', 'none'] = 'margin'  # see `reward`
     # ppo
@@ -101,14 +99,14 @@ TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
     device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=450, batch_size=128,
     samples=2, micro_batch=256, beta=0.01, anchor=4.0, lr=4e-3, d_lr=2e-3,
-    d_samples=2, d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, d_replay=0.0,
+    d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0,
     eval_interval=25, minibatch=128, critic_lr=4e-3, pretrain=.7,
 )
 LOG_INTERVAL = 10            # iterations from one printed line to the next
 NO_EOS_REWARD = -1.0         # in place of the reward of a response that does not end
 APPROX_KL = .02              # a rollout is left when pi is so far from pi_old, nats per token
 PASSAGES = 16                # of an update
-SHARES = 'd_warmup_acc d_max_acc d_replay d_dropout lam'.split()             # lie in [0, 1]
+SHARES = 'd_warmup_acc d_max_acc d_dropout lam'.split()             # lie in [0, 1]
 ABOVE_0 = 'clip temperature'.split()  # may not be 0
 
 
@@ -158,8 +156,6 @@ def check(cfg):
     for name in ABOVE_0:
         if getattr(cfg, name) == 0:
             raise ValueError(f'--{name} 0: give a number above 0')
-    if cfg.d_samples > cfg.samples:
-        raise ValueError(f'--d_samples {cfg.d_samples} exceeds --samples {cfg.samples}: lower it')
     for name in 'micro_batch', 'minibatch':
         if getattr(cfg, name, 0) % cfg.samples:
             raise ValueError(f'--{name} {getattr(cfg, name)} with --samples {cfg.samples}: give a '
@@ -323,15 +319,6 @@ class Pairs(NamedTuple):
     fake_mask: torch.Tensor   # (N, R)
 
 
-class Fakes(NamedTuple):
-    index: torch.Tensor      # (N,) number of the training example
-    response: torch.Tensor   # (N, R) ids
-    mask: torch.Tensor       # (N, R)
-
-
-REPLAY = 4096                # fakes kept for replay
-
-
 def mle_step(generator, optimizer, train_set, step, steps, cfg):
     """MLE update number `step` of `steps`; the loss in nats per token, the gradient's norm."""
     index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
@@ -343,35 +330,12 @@ def mle_step(generator, optimizer, train_set, step, steps, cfg):
     return all_sum(loss).item(), norm
 
 
-def draw_pairs(roll, index, replay, train_set, cfg):
-    """
-    The Pairs of a discriminator step: d_samples responses to each prompt, some of them old.
-
-    index    (B,) numbers of the rollout's training examples
-    replay   Fakes of earlier iterations
-    returns  Pairs, this iteration's first; how many those are; replay with the fresh ones added
-    """
-    rows = (torch.arange(len(index))[:, None] * cfg.samples
-            + torch.arange(cfg.d_samples)).flatten()                         # (B * d_samples,)
-    fresh = Fakes(torch.from_numpy(index).repeat_interleave(cfg.d_samples),
-                  roll.response[rows].cpu(), roll.mask[rows].cpu())
-    n_old = min(int(cfg.d_replay * len(rows)), len(replay.index))
-    n_new = len(rows) - n_old
-    old = torch.randperm(len(replay.index))[:n_old]
-    fakes = Fakes(*(torch.cat((a[:n_new], b[old])) for a, b in zip(fresh, replay)))
-    replay = Fakes(*(torch.cat((b, a))[-REPLAY:] for a, b in zip(fresh, replay)))
-    pairs = Pairs(*train_set.batch(fakes.index.numpy(), cfg.device),
-                  fakes.response.to(cfg.device), fakes.mask.to(cfg.device))
-    return pairs, n_new, replay
-
-
-def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
+def discriminator_step(discriminator, optimizer, pairs, skip, cfg):
     """
     One update on pairs. Ties, whose sampled answer is the gold one, are left out.
 
     With d_prefixes the loss is the mean over all prefixes from the first difference on, an answer
     that is over keeping its last score; otherwise that of the whole answers.
-    fresh    so many pairs in front are of this iteration: the figures are theirs
     skip     measure only
     returns  dict: d_loss in nats, d_norm, d_acc (None if all tie), tie_rate
     """
@@ -399,12 +363,12 @@ def discriminator_step(discriminator, optimizer, pairs, fresh, skip, cfg):
         margins.append((real - fake)[:, -1].detach())
     discriminator.eval()
     d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
-    right = (torch.cat(margins) > 0)[:fresh][untied[:fresh]]
-    n_right, n_pairs, n_fresh = (all_sum(n) for n in (
-        right.sum().item(), len(right), len(untied[:fresh])))
+    right = (torch.cat(margins) > 0)[untied]
+    n_right, n_pairs, n_all = (all_sum(n) for n in (
+        right.sum().item(), len(right), len(untied)))
     return {'d_loss': all_sum(sum(losses)).item() if all_sum(untied.sum()).item() else None,
             'd_norm': d_norm, 'd_acc': n_right / n_pairs if n_pairs else None,
-            'tie_rate': 1 - n_pairs / n_fresh}
+            'tie_rate': 1 - n_pairs / n_all}
 
 
 def reward(discriminator, roll, batch, cfg):
@@ -598,7 +562,7 @@ def train(cfg, caught=()):
     # setup
     open_device(cfg)
     out, lock = open_folder(cfg)
-    rank, n_ranks = ranks()
+    rank = ranks()[0]
     torch.manual_seed(cfg.seed)
     # data
     enc, train_set, dev_set = load_data(cfg)
@@ -620,8 +584,6 @@ def train(cfg, caught=()):
     critic = Critic(generator).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     critic_optimizer = adamw(critic)
-    nothing = train_set.batch([])
-    replay = Fakes(torch.zeros(0, dtype=torch.long), nothing.response, nothing.mask)
     # d_acc starts at chance
     running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'updates': 0}
     # resume
@@ -632,10 +594,7 @@ def train(cfg, caught=()):
         d_optimizer.load_state_dict(saved['d_optimizer'])
         critic.load_state_dict(saved['critic'])
         critic_optimizer.load_state_dict(saved['critic_optimizer'])
-        if len(saved['replay']) != n_ranks:
-            raise ValueError(f'--resume: {out} is of a run on {len(saved["replay"])} ranks, not '
-                             f'{n_ranks}: start as many')
-        replay, running = Fakes(*saved['replay'][rank]), saved['running']
+        running = saved['running']
     if cfg.compile:
         for network in reference, discriminator, critic:
             network.compile()
@@ -649,7 +608,7 @@ def train(cfg, caught=()):
                  discriminator=discriminator.state_dict(),
                  optimizer=optimizer.state_dict(), d_optimizer=d_optimizer.state_dict(),
                  critic=critic.state_dict(), critic_optimizer=critic_optimizer.state_dict(),
-                 replay=from_ranks(tuple(replay)), running=running)
+                 running=running)
         if due and rank == 0:
             figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
             log({'iter': it, 'dev': figures}, True)
@@ -663,9 +622,9 @@ def train(cfg, caught=()):
 
         # rollout
         lap = Stopwatch(cfg.device)
-        index = shard(data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it))
-        batch = train_set.batch(index, cfg.device)
-        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout, replay
+        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
+        batch = train_set.batch(shard(index), cfg.device)
+        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
         roll = rollout(generator, reference, batch, dev_set.eos, rng, cfg)
         answers = gathered(*(z.unflatten(0, (-1, cfg.samples)) for z in roll[2:5]), *batch[2:])
@@ -674,11 +633,12 @@ def train(cfg, caught=()):
         lap('rollout')
 
         # discriminator step
-        pairs, n_new, replay = draw_pairs(roll, index, replay, train_set, cfg)
+        gold = (z.repeat_interleave(cfg.samples, 0) for z in batch[2:])
+        pairs = Pairs(roll.prompt, roll.pad, *gold, roll.response, roll.mask)
         moving = (running['g_steps'] > 0 or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         skip = moving and running['d_acc'] > cfg.d_max_acc
-        record |= discriminator_step(discriminator, d_optimizer, pairs, n_new, skip, cfg)
+        record |= discriminator_step(discriminator, d_optimizer, pairs, skip, cfg)
         if record['d_acc'] is not None:
             running['d_acc'] = .9 * running['d_acc'] + .1 * record['d_acc']
         record['d_acc_mean'] = running['d_acc']
