@@ -200,37 +200,33 @@ def generator_loss(real, fake, kind):
     return F.softplus(real - fake) if kind == 'pair' else -F.softplus(fake)
 
 
-def relax(logits, noise, response, mask, tau, hard):
-    """
-    Samples (B, R, V) through which gradients reach the logits.
-
-    logits    (B, R, V) of each response token, given the sampled ones before it
-    noise     (B, R, V) the Gumbel noise that sampled them: response = argmax(logits + noise)
-    response  (B, R) ids, mask (B, R) True up to and including eos: what follows gets no gradient
-    hard      the value is the one-hot of the response, the gradient that of the relaxed sample
-              softmax((logits + noise) / tau) (straight-through, Jang et al. 2017); else both are
-              the relaxed sample's
-    """
-    onehots = torch.zeros_like(logits).scatter_(-1, response[..., None], 1.0)
-    soft = ((logits + noise) / tau).softmax(-1)
-    if hard:
-        soft = onehots + (soft - soft.detach())
-    return torch.where(mask[..., None], soft, onehots)
-
-
 def conditional_noise(logits, response, rng):
     """
-    Gumbel noise (B, R, V), given that it sampled the response: response = argmax(logits + noise).
+    Gumbel noise (..., R, V), given that it sampled the response: response = argmax(logits + noise).
 
     The largest of all logits + noise is Gumbel(logsumexp(logits)) whichever it is; the others are
     Gumbel too, cut off there (Maddison et al. 2014). With e ~ Exponential(1), -log(e) is Gumbel and
-    -log(e + exp(logit - largest)) the noise of one so cut. logits (B, R, V), response (B, R) ids.
+    -log(e + exp(logit - largest)) the noise of one so cut. Over responses that were sampled, it has
+    the law of the noise that sampled them. logits (..., R, V), response (..., R) ids.
     """
-    shape = *response.shape, 1
-    largest = logits.logsumexp(-1, keepdim=True) - exponential(shape, logits, rng).log_()
+    largest = logits.logsumexp(-1, keepdim=True)
+    largest = largest - exponential(largest.shape, logits, rng).log_()
     noise = exponential(logits.shape, logits, rng).add_((logits - largest).exp_()).log_().neg_()
     return noise.scatter_(-1, response[..., None],
                           largest - logits.gather(-1, response[..., None]))
+
+
+def relax(logits, response, mask, tau, rng):
+    """
+    Answers (..., R, V) through which gradients reach the logits, relaxed as if these had sampled
+    them: softmax((logits + noise) / tau), whose argmax is the response (Jang et al. 2017).
+
+    logits    (..., R, V) of each response token, given those before it
+    response  (..., R) ids, mask (..., R) True up to and including eos: what follows is one-hot
+    """
+    noise = conditional_noise(logits.detach(), response, rng)
+    onehots = torch.zeros_like(logits).scatter_(-1, response[..., None], 1.0)
+    return torch.where(mask[..., None], ((logits + noise) / tau).softmax(-1), onehots)
 
 
 def exact_kl(logits, ref_logits, mask):
@@ -253,36 +249,24 @@ class Rollout(NamedTuple):
     response: torch.Tensor       # (B*K, R) sampled ids
     mask: torch.Tensor           # (B*K, R) True up to and including eos
     ended: torch.Tensor          # (B*K,) whether eos came within R
-    noise: torch.Tensor          # (B*K, R, V) Gumbel noise that sampled the response
 
 
 @torch.no_grad()
 def rollout(generator, batch, eos, rng, cfg):
-    """K samples of each prompt, over the full vocabulary, and their noise."""
+    """K samples of each prompt, over the full vocabulary."""
     with autocast(cfg):
-        response, mask, noise = generator.generate(batch.prompt, batch.pad, cfg.max_response, eos,
-                                                   samples=cfg.samples, temperature=cfg.temperature,
-                                                   rng=rng, keep_noise=True)
+        response, mask, _ = generator.generate(batch.prompt, batch.pad, cfg.max_response, eos,
+                                               samples=cfg.samples,
+                                               temperature=cfg.temperature, rng=rng)
     prompt, pad = (z.repeat_interleave(cfg.samples, 0) for z in (batch.prompt, batch.pad))
-    return Rollout(prompt, pad, response, mask, ((response == eos) & mask).any(1), noise)
+    return Rollout(prompt, pad, response, mask, ((response == eos) & mask).any(1))
 
 
-@torch.no_grad()
-def encode(generator, prompt, pad, response, mask, tau, rng, soft, cfg):
-    """
-    Given responses (B*K, R), K side by side to each prompt (B, P), for the discriminator,
-    (B*K, R, V): one-hots, or relaxed if soft.
-
-    They are relaxed as if the generator had sampled just these, so that a gold answer looks like a
-    sample that happens to be right. Beside one-hots, its relaxed samples would be told at sight.
-    """
-    if not soft:
-        onehots = torch.zeros(*response.shape, generator.config.vocab_size, device=response.device)
-        return onehots.scatter_(-1, response[..., None], 1.0)
-    with autocast(cfg):
-        logits = response_logits(generator, prompt, pad, response, cfg)
-    noise = conditional_noise(logits, response, rng)
-    return relax(logits, noise, response, mask, tau, hard=False)
+def encode(logits, response, mask, tau, rng, soft):
+    """Given responses (n, R) for the discriminator, (n, R, V): relaxed if soft, else one-hots."""
+    if soft:
+        return relax(logits, response, mask, tau, rng)
+    return torch.zeros_like(logits).scatter_(-1, response[..., None], 1.0)
 
 
 def response_logits(network, prompt, pad, response, cfg):
@@ -347,12 +331,15 @@ def discriminator_step(discriminator, generator, optimizer, pairs, skip, tau, rn
     losses, margins, ends = [], [], []
     for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
         p = Pairs(*(z[rows] for z in pairs))
-        gold, sample = (encode(generator, p.prompt, p.pad, *answer, tau, rng, soft, cfg)
-                        for *answer, soft in ((p.real, p.real_mask, cfg.encoding == 'soft'),
-                                              (p.fake, p.fake_mask, cfg.encoding != 'hard')))
+        with autocast(cfg), torch.no_grad():
+            gold, sampled = (encode(response_logits(generator, p.prompt, p.pad, answer, cfg),
+                                    answer, mask, tau, rng, soft)
+                             for answer, mask, soft in (
+                                 (p.real, p.real_mask, cfg.encoding == 'soft'),
+                                 (p.fake, p.fake_mask, cfg.encoding != 'hard')))
         with autocast(cfg), torch.set_grad_enabled(learn):
             response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
-                (gold, sample), (p.real_mask, p.fake_mask)))
+                (gold, sampled), (p.real_mask, p.fake_mask)))
             scores = hold_last(discriminator(p.prompt, p.pad, response), mask)   # (2 n, R)
             real, fake = scores[::2], scores[1::2]
             loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
@@ -387,14 +374,16 @@ def gumbel_step(generator, reference, discriminator, optimizer, roll, batch, lr,
         r = Rollout(*(z[rows] for z in roll))
         gold, gold_mask = batch.response[rows // K], batch.mask[rows // K]
         prompt, pad = r.prompt[::K], r.pad[::K]
-        encoded = encode(generator, prompt, pad, gold, gold_mask, tau, rng, cfg.encoding == 'soft',
-                         cfg)
         with autocast(cfg):
             logits = response_logits(generator, prompt, pad, r.response, cfg)
             with torch.no_grad():
                 ref_logits = response_logits(reference, prompt, pad, r.response, cfg)
+                gold_logits = response_logits(generator, prompt, pad, gold, cfg)
+                encoded = encode(gold_logits, gold, gold_mask, tau, rng, cfg.encoding == 'soft')
                 real = hold_last(discriminator(prompt, pad, encoded), gold_mask)
-        z = relax(logits, r.noise, r.response, r.mask, tau, cfg.encoding == 'hard')
+        z = relax(logits, r.response, r.mask, tau, rng)
+        if cfg.encoding == 'hard':                   # straight-through, Jang et al. 2017
+            z = encode(logits, r.response, r.mask, tau, rng, False) + z - z.detach()
         shown = z.detach().requires_grad_()          # the discriminator's weights get no gradient
         with autocast(cfg):
             fake = hold_last(discriminator(prompt, pad, shown), r.mask)
