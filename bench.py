@@ -1,7 +1,7 @@
 """
 Speed, side by side in one run: contestants take turns, medians are compared, only ratios count.
 
-$ python bench.py                             rollouts, a train step, an iteration of each script
+$ python bench.py                             rollouts, a train step, an iteration of REINFORCE
 $ python bench.py --only rollout --dtype bfloat16 --batch 32 --json speed.json
 
 The model is a GPT-2 of random weights, 124M parameters unless told otherwise; the peers are the
@@ -25,10 +25,8 @@ import numpy as np
 import torch
 
 import data
-import gumbel
-import ppo
 import reinforce
-from model import GPT, Discriminator, GPTConfig, Stopwatch, adamw, keep_freed_memory, update
+from model import GPT, GPTConfig, adamw, autocast, keep_freed_memory, update
 
 EOS = 50256
 # the makers' figures: TFLOP/s in dense bfloat16, GB/s of memory
@@ -127,10 +125,6 @@ def compiled(network):
     return network
 
 
-def autocast(args):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, args.dtype == 'bfloat16')
-
-
 def twin(gpt, args):
     """The same weights in `transformers`, or None."""
     try:
@@ -158,7 +152,8 @@ def lean_to_eos(gpt, mean_length):
         others = logits[:, :EOS].logsumexp(-1).mean()
         wanted = others - np.log(max(mean_length - 1, 1e-3))
         gpt.wte.weight[EOS] = 0
-        gpt.wte.weight[EOS, 0] = wanted / gpt.hidden(gpt.embed(tokens))[..., 0].mean()
+        x = gpt.hidden(gpt.embed(tokens), torch.zeros_like(tokens[:, 0]), tokens.size(1), 1)
+        gpt.wte.weight[EOS, 0] = wanted / x[..., 0].mean()
     return gpt
 
 
@@ -212,6 +207,14 @@ def bench_rollout(gpt, args, found):
                    *(() if ragged else (B * args.response, rollout_limit(gpt, B // K, K, args))))
 
 
+def config(args):
+    """REINFORCE's Config at the shape asked for, without an anchor."""
+    return reinforce.Config(
+        batch_size=args.batch[0] // args.samples, samples=args.samples, device=args.device,
+        micro_batch=args.micro_batch, dtype=args.dtype, max_prompt=args.prompt, anchor=0.0,
+        max_response=args.response, baseline='loo' if args.samples > 1 else 'mean')
+
+
 def bench_train(gpt, args, found):
     """An AdamW step on -log pi of the response, from forward to weights."""
     B = args.batch[0] // 2
@@ -226,9 +229,7 @@ def bench_train(gpt, args, found):
         optimizer = adamw(network)
 
         def run():
-            with autocast(args):
-                loss = reinforce.mle_loss(network, batch)
-            loss.backward()
+            reinforce.mle_gradient(network, batch, 1.0, config(args))
             update(network, optimizer, 1e-5)
         return run
 
@@ -250,77 +251,6 @@ def bench_train(gpt, args, found):
            found, B * (args.prompt + args.response), train_limit(gpt, B, args))
 
 
-def config(script, args):
-    """A script's Config for one iteration at the shape asked for."""
-    N, K = args.batch[0], args.samples
-    micro_batch = max(K, args.micro_batch // K * K)
-    more = ['--minibatch', N] if script is ppo else []
-    more += ['--baseline', 'mean'] if script is reinforce and K == 1 else []
-    flags = ['--batch_size', N // K, '--samples', K, '--micro_batch', micro_batch,
-             '--device', args.device, '--dtype', args.dtype, '--max_prompt', args.prompt,
-             '--max_response', args.response, '--d_replay', 0, *more]
-    cfg = script.parse([str(flag) for flag in flags])
-    cfg.compile = False
-    return cfg
-
-
-def bench_iterations(gpt, args, found):
-    """One iteration of each script by its stations, in seconds; the median of the turns."""
-    keep_freed_memory()
-    for script in reinforce, ppo, gumbel:
-        cfg = config(script, args)
-        generator, reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
-        discriminator = Discriminator(gpt, cfg.d_dropout).to(args.device).eval()
-        networks = [generator, discriminator]
-        optimizers = [adamw(net) for net in networks]
-        if script is ppo:
-            critic = ppo.Critic(gpt).to(args.device).eval()
-            optimizers.append(adamw(critic))
-            passages = np.random.default_rng(0).integers(0, 50000, (8, args.prompt + args.response))
-            networks.append(critic)
-        if args.compile:
-            for network in *networks, reference:
-                network.compile()
-        ids, pad = prompts(cfg.batch_size, args, False)
-        gold = torch.randint(0, 50000, (cfg.batch_size, args.response), device=args.device)
-        batch = data.Batch(ids, pad, gold, torch.ones_like(gold).bool())
-        seconds = []
-        for turn in range(args.repeats + 1):
-            rng = torch.Generator(args.device).manual_seed(turn)
-            lap = Stopwatch(cfg.device)
-            early = [] if script is gumbel else [reference]
-            roll = script.rollout(generator, *early, batch, EOS + 1, rng, cfg)
-            lap('rollout')
-            rows = torch.arange(cfg.batch_size, device=args.device) * cfg.samples
-            pairs = script.Pairs(*batch, roll.response[rows], roll.mask[rows])
-            late = [.7, rng] if script is gumbel else []
-            early = [generator] if script is gumbel else []
-            script.discriminator_step(discriminator, *early, optimizers[1], pairs, len(rows),
-                                      False, *late, cfg)
-            lap('discriminator')
-            running = {'mean': None, 'square': None, 'beta_factor': 1., 'updates': 0}
-            if script is gumbel:
-                gumbel.gumbel_step(generator, reference, discriminator, optimizers[0], roll, batch,
-                                   1e-6, .7, rng, cfg)
-            else:
-                values, _ = script.prefix_values(discriminator, roll, batch, running, cfg)
-                rewards = script.token_rewards(values, roll.mask, roll.ended, cfg.reward,
-                                               -1.)
-                if script is reinforce:
-                    reinforce.reinforce_step(generator, optimizers[0], roll, rewards, batch, 0.,
-                                             1e-6, cfg)
-                else:
-                    ppo.ppo_step(generator, critic, (optimizers[0], optimizers[2]), roll, rewards,
-                                 batch, passages, running, (1e-6, 1e-6), cfg)
-            if turn:
-                seconds.append(lap('generator'))
-        stations = {k: float(np.median([s[k] for s in seconds])) for k in seconds[0]}
-        title = (f'{script.__name__} {args.dtype}, {cfg.batch_size} x {cfg.samples} x '
-                 f'({args.prompt} + {args.response})')
-        found[title] = stations
-        print(f'{title}: ' + ', '.join(f'{k} {s:.2f} s' for k, s in stations.items()), flush=True)
-
-
 def bench_trl(gpt, args, found):
     """
     An iteration of REINFORCE, but for its discriminator, beside one of TRL's RLOO: K samples of
@@ -336,8 +266,7 @@ def bench_trl(gpt, args, found):
     except ImportError:
         print('TRL is not installed: left out')
         return
-    cfg = config(reinforce, args)
-    N = cfg.batch_size * cfg.samples
+    N, cfg = args.batch[0], config(args)
     ids, pad = prompts(cfg.batch_size, args, False)
     gold = torch.randint(0, 50000, (cfg.batch_size, args.response), device=args.device)
     batch = data.Batch(ids, pad, gold, torch.ones_like(gold).bool())
@@ -345,9 +274,12 @@ def bench_trl(gpt, args, found):
     optimizer, rng = adamw(generator), torch.Generator(args.device)
 
     def ours():
-        roll = reinforce.rollout(generator, reference, batch, EOS + 1, rng, cfg)
-        rewards = torch.rand(N, args.response, device=args.device)
-        reinforce.reinforce_step(generator, optimizer, roll, rewards, batch, 0., 1e-6, cfg)
+        with autocast(cfg):
+            roll = generator.generate(batch.prompt, batch.pad, args.response, EOS + 1, cfg.samples,
+                                      rng=rng)
+        rewards = torch.rand(roll.mask.shape, device=args.device)
+        reinforce.reinforce_step(generator, reference, optimizer, batch, roll, rewards, 0., 1e-6,
+                                 cfg)
 
     seconds = {'ours': [], "TRL's RLOO": []}
 
@@ -391,8 +323,7 @@ def bench_trl(gpt, args, found):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    stations = {'rollout': bench_rollout, 'train': bench_train, 'iterations': bench_iterations,
-                'trl': bench_trl}
+    stations = {'rollout': bench_rollout, 'train': bench_train, 'trl': bench_trl}
     parser.add_argument('--only', nargs='+', choices=stations, default=list(stations))
     parser.add_argument('--batch', type=int, nargs='+', default=[16, 32], help='responses (16 32)')
     parser.add_argument('--samples', type=int, default=4, help='K (4)')
@@ -400,7 +331,7 @@ def main(argv=None):
     parser.add_argument('--response', type=int, default=32, help='R, tokens (32)')
     parser.add_argument('--mean_length', type=float, default=4.5, help='of ragged responses (4.5)')
     parser.add_argument('--micro_batch', type=int, default=16,
-                        help='responses of a backward pass (16)')
+                        help='prompts of a backward pass (16)')
     parser.add_argument('--repeats', type=int, default=3, help='turns that count (3)')
     parser.add_argument('--n_layer', type=int, default=12)
     parser.add_argument('--n_head', type=int, default=12)

@@ -286,6 +286,29 @@ class Split:
         return Batch(*(t.to(device, non_blocking=True) for t in tensors))
 
 
+def load(cfg):
+    """The tokenizer, the training and the dev Split of a script's Config; says what was cut."""
+    enc, splits = load_tokenizer(cfg.data), []
+    for name in 'train', 'dev':
+        split = Split(load_examples(cfg.data, name), enc, cfg.max_prompt, cfg.max_response,
+                      cfg.context, train=name == 'train')
+        print(f'{name}: {len(split)} examples, {split.cut_prompts} prompts cut to '
+              f'{cfg.max_prompt} tokens, {split.cut_responses} answers cut to {cfg.max_response}',
+              flush=True)
+        splits.append(split)
+    return enc, *splits
+
+
+def check_fit(config, enc, cfg):
+    """Raises a ValueError if a GPTConfig does not fit the tokenizer, or a script's Config."""
+    if config.vocab_size != enc.n_vocab:
+        raise ValueError(f'--init_from {cfg.init_from} has a vocabulary of {config.vocab_size}, '
+                         f'--data {cfg.data} one of {enc.n_vocab}: give a matching pair')
+    if cfg.max_prompt + cfg.max_response > config.block_size:
+        raise ValueError(f'--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} '
+                         f'exceed its block size {config.block_size}: lower them')
+
+
 def order(n, batch_size, seed, step):
     """
     Example numbers (batch_size,) of batch `step`: epochs of n, each shuffled by (seed, epoch).
@@ -302,6 +325,17 @@ def order(n, batch_size, seed, step):
     return out
 
 
+def take(group, rows):
+    """These rows, a slice or numbers, of a tensor, or of all tensors of a NamedTuple."""
+    return group[rows] if torch.is_tensor(group) else type(group)(*(z[rows] for z in group))
+
+
+def parts(n, batch, *groups):
+    """n rows at a time of a Batch and of more NamedTuples or tensors of as many rows."""
+    for i in range(0, len(batch.pad), n):
+        yield [take(group, slice(i, i + n)) for group in (batch, *groups)]
+
+
 def load_passages(examples, enc, length):
     """
     The contexts of examples, each once, for language modelling: token ids (N, length), one context
@@ -313,6 +347,13 @@ def load_passages(examples, enc, length):
     ids = [i for text in texts for i in [*enc.encode_ordinary(text), enc.eot_token]]
     ids = np.resize(ids, max(len(ids), length))
     return ids[:len(ids) // length * length].reshape(-1, length)
+
+
+def passage_batch(passages, device):
+    """Passages (N, T) as a Batch: each is a prompt of one token, and a response that follows it."""
+    ids = torch.from_numpy(passages).to(device)
+    return Batch(ids[:, :1], torch.zeros_like(ids[:, 0]), ids[:, 1:],
+                 torch.ones_like(ids[:, 1:], dtype=torch.bool))
 
 
 def to_text(responses, mask, enc):

@@ -22,19 +22,17 @@ import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple, Optional, get_args
+from typing import Literal, Optional, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 import sample
-from model import (GPT, Discriminator, GPTConfig, Log, Stopwatch, adamw, all_sum, autocast,
-                   catch_signals, gathered, hold_last, linear_in_float32,
-                   load_checkpoint, open_device, open_folder, peak_memory, ranks, save, schedule,
-                   shard, trim_freed_memory, update)
+from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast,
+                   catch_signals, gathered, hold_last, keep_freed_memory, linear_in_float32,
+                   load_checkpoint, open_device, open_folder, ranks, save, schedule, shard, update)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -70,9 +68,9 @@ class Config:
     # adversarial stage
     iters: int = 1000                # rollouts
     batch_size: int = 64             # prompts of a rollout
-    samples: int = 4                 # K, responses to each prompt
+    samples: int = 4                 # K, answers to each prompt
     temperature: float = 1.0         # of rollouts and of the policy learned; evaluation takes .8
-    micro_batch: int = 64            # responses of one backward pass; lower it to save memory
+    micro_batch: int = 16            # prompts of one backward pass; lower it to save memory
     beta: float = 0.02               # weight of the KL from the warm start, per nat
     anchor: float = 0.1              # weight of MLE on the gold answers beside the score
     lr: float = 5e-6                 # peak learning rate of the generator
@@ -81,14 +79,14 @@ class Config:
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
     d_lr: float = 1e-5               # its learning rate
     d_warmup_iters: int = 200        # at most so many iterations before the generator moves
-    d_warmup_acc: float = 0.75       # or until the running pair accuracy gets there
-    d_max_acc: float = 0.85          # steps are skipped while the running pair accuracy is above
+    d_warmup_acc: float = 0.75       # or until the running pair accuracy is there; 1: never
+    d_max_acc: float = 0.85          # it rests while the running pair accuracy is above; 1: never
     d_dropout: float = 0.1           # in its own step only
     # reward
-    reward: Literal['margin', 'score', 'none'] = 'margin'  # see `reward`
+    reward: Literal['margin', 'score', 'none'] = 'margin'  # over the gold answer's, or the score
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
-    minibatch: int = 64              # responses of an update, whole prompts' samples
+    minibatch: int = 16              # prompts of an update
     clip: float = 0.2                # epsilon: how far a ratio may leave 1, a value its old one
     lam: float = 0.95                # lambda of the advantage estimate; 1 trusts the returns alone
     critic_lr: float = 9e-6          # peak learning rate of the critic
@@ -98,16 +96,18 @@ class Config:
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
     device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=450, batch_size=128,
-    samples=2, micro_batch=256, beta=0.01, anchor=4.0, lr=4e-3, d_lr=2e-3,
-    d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0,
-    eval_interval=25, minibatch=128, critic_lr=4e-3, pretrain=.7,
+    samples=2, micro_batch=128, beta=0.01, anchor=4.0, lr=4e-3, d_lr=2e-3,
+    d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
+    minibatch=64, critic_lr=4e-3, pretrain=.7,
 )
-LOG_INTERVAL = 10            # iterations from one printed line to the next
-NO_EOS_REWARD = -1.0         # in place of the reward of a response that does not end
-APPROX_KL = .02              # a rollout is left when pi is so far from pi_old, nats per token
-PASSAGES = 16                # of an update
-SHARES = 'd_warmup_acc d_max_acc d_dropout lam'.split()             # lie in [0, 1]
-ABOVE_0 = 'clip temperature'.split()  # may not be 0
+BOUNDS = dict(                       # of what is not at least 1, or 0 where it is no whole number
+    seed=(0, math.inf), sft_iters=(0, math.inf), iters=(0, math.inf), d_warmup_iters=(0, math.inf),
+    d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, math.inf),
+    clip=(.001, math.inf), lam=(0, 1),
+)
+NO_EOS_REWARD = -1.0                 # of an answer that does not end
+APPROX_KL = .02                      # a rollout is left when pi is so far from pi_old, nats a token
+PASSAGES = 16                        # of an update
 
 
 def parse(argv=None):
@@ -122,15 +122,14 @@ def parse(argv=None):
         elif get_args(f.type):
             kind = dict(choices=get_args(f.type))
         else:
-            kind = dict(type=f.type, metavar=f.type.__name__.upper())
+            kind = dict(type=f.type)
         parser.add_argument('--' + f.name, default=argparse.SUPPRESS,
                             help=f'{notes[f.name]} (default: {f.default})', **kind)
     given = vars(parser.parse_args(argv))
     settings = dict(TINY) if given.get('tiny') else {}
     if given.get('resume'):
-        out = Path(given.get('out_dir', settings.get('out_dir', Config.out_dir)))
-        files = [out / 'ckpt.pt', out / 'sft.pt']
-        file = next((f for f in files if f.exists()), None)
+        out = Path(given.get('out_dir', Config.out_dir))
+        file = next((f for f in (out / 'ckpt.pt', out / 'sft.pt') if f.exists()), None)
         if file is None:
             raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
                              'the --out_dir of a run')
@@ -146,20 +145,12 @@ def parse(argv=None):
 
 def check(cfg):
     """Raises a ValueError naming the flag, its value and the remedy."""
-    may_be_0 = 'seed sft_iters iters d_warmup_iters'.split()
     for name, value in asdict(cfg).items():
-        least = 1 if type(value) is int and name not in may_be_0 else 0
-        least, most = (0, 1) if name in SHARES else (least, math.inf)
-        if type(value) in (int, float) and not (least <= value <= most and math.isfinite(value)):
-            raise ValueError(f'--{name} {value}: give a number of at least {least:g}' + (
-                f' and at most {most}' if name in SHARES else ''))
-    for name in ABOVE_0:
-        if getattr(cfg, name) == 0:
-            raise ValueError(f'--{name} 0: give a number above 0')
-    for name in 'micro_batch', 'minibatch':
-        if getattr(cfg, name, 0) % cfg.samples:
-            raise ValueError(f'--{name} {getattr(cfg, name)} with --samples {cfg.samples}: give a '
-                             'multiple, the samples of a prompt are learned from together')
+        if type(value) in (int, float):
+            least, most = BOUNDS.get(name, (1 if type(value) is int else 0, math.inf))
+            if not (least <= value <= most and math.isfinite(value)):
+                raise ValueError(f'--{name} {value}: give a number of at least {least}' + (
+                    f' and at most {most}' if most < math.inf else ''))
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
     check_approach(cfg)
@@ -167,27 +158,22 @@ def check(cfg):
 
 def check_approach(cfg):
     """Like `check`, of what is PPO's alone."""
-    if cfg.minibatch > cfg.batch_size * cfg.samples:
+    if cfg.minibatch > cfg.batch_size:
         raise ValueError(f'--minibatch {cfg.minibatch} exceeds the rollout, --batch_size '
-                         f'{cfg.batch_size} x --samples {cfg.samples}: lower it')
+                         f'{cfg.batch_size}: lower it')
+
 
 
 # -----------------------------------------------------------------------------
 # losses: functions of tensors
 
 
-def mle_loss(generator, batch, n_tokens=None):
-    """-log pi of the gold answers with their eos, nats per token: a Batch's sum over n_tokens, by
-    default its own; a scalar."""
-    logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response)
-    return -(logprobs * batch.mask).sum() / (batch.mask.sum() if n_tokens is None else n_tokens)
-
-
 def discriminator_loss(real, fake, kind):
     """
     What the discriminator minimises, elementwise, in nats.
 
-    real, fake  scores of the gold and of the sampled answer to one prompt, logits, any one shape
+    real, fake  scores of the gold and of a sampled answer to one prompt, logits, of shapes that
+                broadcast
     kind        pair: -log sigmoid(real - fake), Jolicoeur-Martineau 2019;
                 minimax: -log D(real) - log(1 - D(fake)), D = sigmoid(score), Goodfellow 2014
     """
@@ -196,27 +182,37 @@ def discriminator_loss(real, fake, kind):
     return F.softplus(-real) + F.softplus(fake)
 
 
+def pair_weights(response, mask, gold, gold_mask, prefixes):
+    """
+    Weights (B, K, R) of the losses of samples (B, K, R) beside their gold answers (B, R): 1 in all
+    for a pair, 0 for a tie. With prefixes, even over those from the first difference to the end of
+    the longer answer; otherwise all of it at the last column, where both are over.
+    """
+    differ = (response != gold[:, None]).cumsum(-1) > 0
+    where = differ & (mask | gold_mask[:, None])
+    if not prefixes:
+        where = F.pad(differ[..., -1:], (differ.size(-1) - 1, 0))
+    return where / where.sum(-1, keepdim=True).clamp(min=1)
+
+
 def gae(rewards, values, mask, lam):
     """
     Generalised advantage estimation without discount: A_t = sum_l lam^l delta_(t+l), where
-    delta_t = r_t + V_(t+1) - V_t and V is 0 once the response is over (Schulman et al. 2016).
+    delta_t = r_t + V_(t+1) - V_t and V is 0 once the answer is over (Schulman et al. 2016).
 
-    rewards  (B, R); values (B, R) V(x, y_<t) of the critic; mask (B, R) True up to and with eos
+    rewards, values, mask  (B, K, R), with V(x, y_<t) of the critic
     lam      in [0, 1]; at 1, A_t is the return-to-go minus V_t
-    returns  advantages (B, R), returns (B, R) = A + V, the critic's target; 0 outside the mask
+    returns  advantages, and returns = A + V, the critic's target; (B, K, R), 0 outside the mask
     """
-    following = F.pad(values * mask, (0, 1))[:, 1:]                          # V_(t+1)
-    deltas = (rewards + following - values) * mask
-    advantage, columns = torch.zeros_like(deltas[:, 0]), []
-    for delta in deltas.flip(1).unbind(1):
-        advantage = delta + lam * advantage
-        columns.append(advantage)
-    advantages = torch.stack(columns[::-1], 1)
+    following = F.pad(values * mask, (0, 1))[..., 1:]                        # V_(t+1)
+    advantages = (rewards + following - values) * mask                       # delta_t so far
+    for t in reversed(range(mask.size(-1) - 1)):
+        advantages[..., t] += lam * advantages[..., t + 1]
     return advantages, (advantages + values) * mask
 
 
 def whiten(x, mask):
-    """x (B, R) with mean 0 and deviation 1 over the mask, 0 outside it."""
+    """x (B, K, R) with mean 0 and deviation 1 over the mask, 0 outside it."""
     n = all_sum(mask.sum())
     centred = (x - all_sum((x * mask).sum()) / n) * mask
     return centred / (all_sum(centred.square().sum()) / n + 1e-8).sqrt()
@@ -226,9 +222,9 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """
     -sum_t min(w A, clip(w, 1 - eps, 1 + eps) A), w = pi / pi_old (Schulman et al. 2017, eq. 7).
 
-    logprobs      (B, R) log-probabilities of the sampled tokens, nats, with gradient
-    old_logprobs  (B, R) the same before the rollout's first update, no gradient
-    advantages    (B, R) no gradient; mask (B, R) True up to and including eos
+    logprobs      (B, K, R) log-probabilities of the sampled tokens, nats, with gradient
+    old_logprobs  (B, K, R) the same before the rollout's first update, no gradient
+    advantages    (B, K, R) no gradient; mask (B, K, R) True up to and including eos
     returns       a sum: divide it by the tokens of the whole minibatch
     """
     ratio = (logprobs - old_logprobs).exp()
@@ -239,141 +235,34 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 def value_loss(values, old_values, returns, mask, clip):
     """
     Half the squared error of the critic, a sum over tokens, the worse of the value and of itself
-    clipped to old_values +- clip: as in OpenAI's baselines. All (B, R); values with gradient.
+    clipped to old_values +- clip: as in OpenAI's baselines. All (B, K, R); values with gradient.
     """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     errors = torch.maximum((values - returns).square(), (clipped - returns).square())
     return .5 * (errors * mask).sum()
 
 
-def passage_loss(generator, passages):
-    """Mean -log pi of passages (B, T) after their first token, nats per token."""
-    return -generator.logprobs(passages)[0].mean()
-
-
 # -----------------------------------------------------------------------------
-# rollout and evaluation
+# scores and rewards
 
 
-class Rollout(NamedTuple):
-    prompt: torch.Tensor         # (B*K, P) ids, the K samples of a prompt side by side
-    pad: torch.Tensor            # (B*K,) padding tokens on the left
-    response: torch.Tensor       # (B*K, R) sampled ids
-    mask: torch.Tensor           # (B*K, R) True up to and including eos
-    ended: torch.Tensor          # (B*K,) whether eos came within R
-    ref_logprobs: torch.Tensor   # (B*K, R) of the response under the reference, nats
+def beside_gold(batch, roll):
+    """The gold answer and, after it, the samples of each prompt: ids and mask (B, 1 + K, R)."""
+    return (torch.cat((batch.response[:, None], roll.response), 1),
+            torch.cat((batch.mask[:, None], roll.mask), 1))
 
 
-class Critic(Discriminator):
-    """V(x, y_<t), the return to expect before token t, by a network like the discriminator."""
-
-    def forward(self, prompt, pad, response):
-        """Values (B*K, R) of K responses, side by side, to each prompt (B, P), one for each token;
-        each sees what stands to the left of its token."""
-        x = self.trunk.response_hidden(prompt, pad, response)
-        return linear_in_float32(x, self.score.weight, self.score.bias).squeeze(-1)
-
-    def start_from(self, discriminator):
-        """Takes its trunk, which can judge prefixes already, under a head that says 0."""
-        self.trunk.load_state_dict(discriminator.trunk.state_dict())
-        torch.nn.init.zeros_(self.score.weight)
-        torch.nn.init.zeros_(self.score.bias)
+def score(discriminator, batch, response, mask, cfg):
+    """Scores s_t, logits, of N answers to each prompt, (B, N, R) ids or (B, N, R, V) one-hots:
+    (B, N, R), where an answer that is over keeps its last."""
+    with autocast(cfg):
+        return hold_last(discriminator(batch.prompt, batch.pad, response), mask)
 
 
 @torch.no_grad()
-def rollout(generator, reference, batch, eos, rng, cfg):
-    """K samples of each prompt, over the full vocabulary, and what the reference thinks of them at
-    the same temperature: the policy that samples is the policy that is scored."""
-    with autocast(cfg):
-        response, mask, _ = generator.generate(batch.prompt, batch.pad, cfg.max_response, eos,
-                                               samples=cfg.samples,
-                                               temperature=cfg.temperature, rng=rng)
-        n = max(1, cfg.micro_batch // cfg.samples)
-        parts = zip(batch.prompt.split(n), batch.pad.split(n), response.split(n * cfg.samples))
-        ref_logprobs = torch.cat([reference.response_logprobs(*part, cfg.temperature)[0]
-                                  for part in parts])
-    prompt, pad = (z.repeat_interleave(cfg.samples, 0) for z in (batch.prompt, batch.pad))
-    return Rollout(prompt, pad, response, mask, ((response == eos) & mask).any(1), ref_logprobs)
-
-
-@torch.no_grad()
-def score(discriminator, prompt, pad, response, cfg):
-    """Scores s_t (B*K, R) of K responses, side by side, to each prompt (B, P), logits."""
-    K = len(response) // len(prompt)
-    n = max(1, cfg.micro_batch // K)
-    parts = zip(prompt.split(n), pad.split(n), response.split(n * K))
-    with autocast(cfg):
-        return torch.cat([discriminator(*part) for part in parts])
-
-
-# -----------------------------------------------------------------------------
-# training
-
-
-class Pairs(NamedTuple):
-    prompt: torch.Tensor      # (N, P) ids
-    pad: torch.Tensor         # (N,) padding tokens on the left
-    real: torch.Tensor        # (N, R) ids of the gold answer
-    real_mask: torch.Tensor   # (N, R) True up to and including eos
-    fake: torch.Tensor        # (N, R) ids of a sampled answer to the same prompt
-    fake_mask: torch.Tensor   # (N, R)
-
-
-def mle_step(generator, optimizer, train_set, step, steps, cfg):
-    """MLE update number `step` of `steps`; the loss in nats per token, the gradient's norm."""
-    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
-    batch = train_set.batch(shard(index), cfg.device)
-    with autocast(cfg):
-        loss = mle_loss(generator, batch, all_sum(batch.mask.sum()))
-    loss.backward()
-    norm = update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50))
-    return all_sum(loss).item(), norm
-
-
-def discriminator_step(discriminator, optimizer, pairs, skip, cfg):
+def reward(discriminator, batch, roll, cfg):
     """
-    One update on pairs. Ties, whose sampled answer is the gold one, are left out.
-
-    With d_prefixes the loss is the mean over all prefixes from the first difference on, an answer
-    that is over keeping its last score; otherwise that of the whole answers.
-    skip     measure only
-    returns  dict: d_loss in nats, d_norm, d_acc (None if all tie), tie_rate
-    """
-    differ = (pairs.real != pairs.fake).cumsum(1) > 0                        # (N, R)
-    untied = differ[:, -1]
-    where = differ & (pairs.real_mask | pairs.fake_mask)
-    if not cfg.d_prefixes:
-        where = F.pad(untied[:, None], (where.size(1) - 1, 0))
-    n_untied = all_sum(untied.sum()).clamp(min=1)
-    weights = where / where.sum(1, keepdim=True).clamp(min=1) / n_untied
-    learn = all_sum(untied.sum()).item() > 0 and not skip
-    discriminator.train(learn)
-    losses, margins = [], []
-    for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
-        p = Pairs(*(z[rows] for z in pairs))
-        with autocast(cfg), torch.set_grad_enabled(learn):
-            response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
-                (p.real, p.fake), (p.real_mask, p.fake_mask)))
-            scores = hold_last(discriminator(p.prompt, p.pad, response), mask)   # (2 n, R)
-            real, fake = scores[::2], scores[1::2]
-            loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
-        if learn:
-            loss.backward()
-        losses.append(loss.detach())
-        margins.append((real - fake)[:, -1].detach())
-    discriminator.eval()
-    d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
-    right = (torch.cat(margins) > 0)[untied]
-    n_right, n_pairs, n_all = (all_sum(n) for n in (
-        right.sum().item(), len(right), len(untied)))
-    return {'d_loss': all_sum(sum(losses)).item() if all_sum(untied.sum()).item() else None,
-            'd_norm': d_norm, 'd_acc': n_right / n_pairs if n_pairs else None,
-            'tie_rate': 1 - n_pairs / n_all}
-
-
-def reward(discriminator, roll, batch, cfg):
-    """
-    Rewards of the sampled answers, (B*K, R): 0 but at the last token, and the mean score in logits.
+    Rewards of the sampled answers, (B, K, R), 0 but at the last token; the mean score in logits.
 
     margin  tanh((s - s*) / 2) = 2 sigmoid(s - s*) - 1, s* of the gold answer as far as that token:
             0 where the two cannot be told apart, -1 for a sure fake, however sure
@@ -381,135 +270,167 @@ def reward(discriminator, roll, batch, cfg):
     none    0: what is left is the KL penalty and the anchor
     An answer that does not end gets -1 in its place.
     """
-    response, mask = (torch.cat((gold[:, None], sampled.unflatten(0, (-1, cfg.samples))), 1)
-                      .flatten(0, 1) for gold, sampled in ((batch.response, roll.response),
-                                                           (batch.mask, roll.mask)))
-    scores = hold_last(score(discriminator, batch.prompt, batch.pad, response, cfg), mask)
-    scores = scores.unflatten(0, (-1, cfg.samples + 1))                      # (B, 1 + K, R)
-    gold, scores = scores[:, :1], scores[:, 1:]
+    scores = torch.cat([score(discriminator, part, *beside_gold(part, r), cfg)
+                        for part, r in data.parts(cfg.micro_batch, batch, roll)])
+    gold, scores = scores[:, :1], scores[:, 1:]                              # (B, 1, R), (B, K, R)
     values = {'margin': ((scores - gold) / 2).tanh(), 'score': scores,
-              'none': torch.zeros_like(scores)}[cfg.reward].flatten(0, 1)
-    values = torch.where(roll.ended[:, None], values, NO_EOS_REWARD)
-    last = roll.mask & ~F.pad(roll.mask[:, 1:], (0, 1))
-    mean = all_sum(scores[..., -1].sum()).item() / len(values) / ranks()[1]
+              'none': torch.zeros_like(scores)}[cfg.reward]
+    values = torch.where(roll.ended[..., None], values, NO_EOS_REWARD)
+    last = roll.mask & ~F.pad(roll.mask[..., 1:], (0, 1))
+    mean = all_sum(scores[..., -1].mean()).item() / ranks()[1]
     return values * last, mean
 
 
+# -----------------------------------------------------------------------------
+# training
+
+
+def mle_gradient(generator, batch, weight, cfg):
+    """Adds the gradient of weight x -log pi of a Batch's gold answers with their eos, in
+    micro-batches; returns -log pi, nats per token of all ranks."""
+    n_tokens, total = all_sum(batch.mask.sum()), torch.zeros((), device=batch.mask.device)
+    for part, in data.parts(cfg.micro_batch, batch):
+        with autocast(cfg):
+            logprobs, _ = generator.response_logprobs(part.prompt, part.pad, part.response[:, None])
+        loss = -(logprobs[:, 0] * part.mask).sum() / n_tokens
+        (weight * loss).backward()
+        total += loss.detach()
+    return all_sum(total).item()
+
+
+def mle_step(generator, optimizer, train_set, step, steps, cfg):
+    """MLE update number `step` of `steps`; the loss in nats per token, the gradient's norm."""
+    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
+    loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
+    return loss, update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50))
+
+
+def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
+    """
+    One update on all pairs of a gold and a sampled answer that differ.
+
+    learn    False to measure only
+    returns  dict: d_loss in nats, d_norm, d_acc (None if all tie), tie_rate
+    """
+    weights = pair_weights(*roll[:2], *batch[2:], cfg.d_prefixes)            # (B, K, R)
+    n, n_pairs = weights[..., 0].numel() * ranks()[1], all_sum(weights.any(-1).sum()).item()
+    learn = learn and n_pairs > 0
+    discriminator.train(learn)
+    sums = torch.zeros(2, device=weights.device)
+    for part, r, w in data.parts(cfg.micro_batch, batch, roll, weights):
+        with torch.set_grad_enabled(learn):
+            scores = score(discriminator, part, *beside_gold(part, r), cfg)  # (b, 1 + K, R)
+            real, fake = scores[:, :1], scores[:, 1:]
+            loss = (discriminator_loss(real, fake, cfg.d_loss) * w).sum() / max(n_pairs, 1)
+        if learn:
+            loss.backward()
+        right = (real > fake)[..., -1] & w.any(-1)
+        sums += torch.stack((loss.detach(), right.sum()))
+    discriminator.eval()
+    d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
+    d_loss, n_right = all_sum(sums).tolist()
+    return {'d_loss': d_loss if n_pairs else None, 'd_norm': d_norm,
+            'd_acc': n_right / n_pairs if n_pairs else None, 'tie_rate': 1 - n_pairs / n}
+
+
+class Critic(Discriminator):
+    """V(x, y_<t), the return to expect before token t, by a network like the discriminator."""
+
+    def forward(self, prompt, pad, response):
+        """Values (B, K, R) of K answers, (B, K, R) ids, to each prompt (B, P), one for each token;
+        each sees what stands to the left of its token."""
+        x = self.trunk.response_hidden(prompt, pad, response)
+        return linear_in_float32(x, self.score.weight, self.score.bias)[..., 0]
+
+
 @torch.no_grad()
-def look_back(generator, critic, roll, cfg):
-    """Log-probs and values (B, R) before the first update, from the forward pass of the updates
-    (so that the first ratio is 1), and the mean entropy of the policy, nats per token."""
-    K, parts = cfg.samples, []
-    for rows in torch.arange(len(roll.response), device=roll.mask.device).split(cfg.micro_batch):
-        part = roll.prompt[rows][::K], roll.pad[rows][::K], roll.response[rows]
+def look_back(generator, reference, critic, batch, roll, cfg):
+    """Log-probs, the reference's, values and entropies (B, K, R) before the first update, from the
+    forward pass of the updates, so that the first ratio is 1."""
+    kept = []
+    for part, r in data.parts(cfg.micro_batch, batch, roll):
+        answers = part.prompt, part.pad, r.response
         with autocast(cfg):
-            parts.append((*generator.response_logprobs(*part, cfg.temperature), critic(*part)))
-    logprobs, entropy, values = (torch.cat(z) for z in zip(*parts))
-    return logprobs, values, all_sum((entropy * roll.mask).sum()) / all_sum(roll.mask.sum())
+            logprobs, entropy = generator.response_logprobs(*answers, cfg.temperature)
+            ref_logprobs, _ = reference.response_logprobs(*answers, cfg.temperature)
+            kept.append((logprobs, ref_logprobs, critic(*answers), entropy))
+    return [torch.cat(z) for z in zip(*kept)]
 
 
-def ppo_update(generator, critic, optimizers, rows, past, roll, batch, passages, lrs, cfg):
+def ppo_update(generator, critic, optimizers, batch, roll, past, passages, lrs, cfg):
     """
-    One update of policy and critic on the responses `rows`, all K of each prompt side by side, in
-    micro-batches.
+    One update of policy and critic on a minibatch, in micro-batches.
 
-    past      old_logprobs, old_values, advantages, returns, each (B*K, R)
-    passages  (n, T) ids for the pretraining term; None for none
-    returns   list of figures: g_loss, v_loss, mle, approx_kl, clip_fraction, g_norm (of policy
-              loss and anchor), pretrain_norm (of the pretraining term), pretrain
+    past      log-probs, values, advantages and returns of the rollout, each (B, K, R)
+    passages  a Batch for the pretraining term; None for none
+    returns   dict: g_loss, v_loss, approx_kl, clip_fraction, mle, pretrain, g_norm
     """
-    K, params = cfg.samples, list(generator.parameters())
-    n_tokens = all_sum(roll.mask[rows].sum())
-    gold_tokens = all_sum(batch.mask[rows[::K] // K].sum())
-    sums = torch.zeros(5, device=roll.mask.device)
-    pretrain, pretrain_norm, kept = 0.0, 0.0, []
-    if passages is not None:
+    n_tokens = all_sum(roll.mask.sum())
+    sums = torch.zeros(4, device=roll.mask.device)
+    for part, r, *old in data.parts(cfg.micro_batch, batch, roll, *past):
+        old_logprobs, old_values, advantages, returns = old
+        answers = part.prompt, part.pad, r.response
         with autocast(cfg):
-            loss = passage_loss(generator, passages) * len(passages) / PASSAGES
-        (cfg.pretrain * loss).backward()
-        pretrain, kept = all_sum(loss).item(), [p.grad for p in params]
-        pretrain_norm = torch.nn.utils.get_total_norm([all_sum(g) for g in kept]).item()
-        optimizers[0].zero_grad()
-    for part in rows.split(cfg.micro_batch):
-        r = Rollout(*(z[part] for z in roll))
-        old_logprobs, old_values, advantages, returns = (z[part] for z in past)
-        gold = data.Batch(*(z[part[::K] // K] for z in batch))
-        with autocast(cfg):
-            logprobs, _ = generator.response_logprobs(gold.prompt, gold.pad, r.response,
-                                                      cfg.temperature)
-            values = critic(gold.prompt, gold.pad, r.response)
-            with torch.set_grad_enabled(cfg.anchor > 0):
-                mle = mle_loss(generator, gold, gold_tokens)
+            logprobs, _ = generator.response_logprobs(*answers, cfg.temperature)
         g_loss = clipped_policy_loss(logprobs, old_logprobs, advantages, r.mask,
                                      cfg.clip) / n_tokens
+        g_loss.backward()
+        with autocast(cfg):
+            values = critic(*answers)
         v_loss = value_loss(values, old_values, returns, r.mask, cfg.clip) / n_tokens
-        (g_loss + cfg.anchor * mle + v_loss).backward()
-        with torch.no_grad():
-            log_ratio = (logprobs - old_logprobs) * r.mask
-            ratio = log_ratio.exp()
-            approx_kl = (log_ratio.expm1() - log_ratio).sum() / n_tokens     # k3, Schulman 2020
-            clipped = ((ratio - 1).abs() > cfg.clip).sum() / n_tokens
-            sums += torch.stack((g_loss, v_loss, mle, approx_kl, clipped))
-    g_norm = torch.nn.utils.get_total_norm([all_sum(p.grad) for p in params]).item()
-    for p, grad in zip(params, kept):
-        p.grad += grad
-    for network, optimizer, lr in zip((generator, critic), optimizers, lrs):
-        update(network, optimizer, lr)
-    return [*all_sum(sums).tolist(), g_norm, pretrain_norm, pretrain]
+        v_loss.backward()
+        log_ratio = (logprobs.detach() - old_logprobs) * r.mask
+        approx_kl = (log_ratio.expm1() - log_ratio).sum() / n_tokens         # k3, Schulman 2020
+        clipped = (log_ratio.expm1().abs() > cfg.clip).sum() / n_tokens
+        sums += torch.stack((g_loss.detach(), v_loss.detach(), approx_kl, clipped))
+    names = 'g_loss', 'v_loss', 'approx_kl', 'clip_fraction'
+    figures = dict(zip(names, all_sum(sums).tolist()))
+    if cfg.anchor:
+        figures['mle'] = mle_gradient(generator, batch, cfg.anchor, cfg)
+    if passages is not None:
+        figures['pretrain'] = mle_gradient(generator, passages, cfg.pretrain, cfg)
+    figures['g_norm'] = update(generator, optimizers[0], lrs[0])
+    update(critic, optimizers[1], lrs[1])
+    return figures
 
 
-def ppo_step(generator, critic, optimizers, roll, rewards, batch, passages, running, lrs,
+def ppo_step(generator, reference, critic, optimizers, batch, roll, rewards, passages, running, lrs,
              cfg):
     """
     Epochs of minibatch updates on one rollout, left early once pi is too far from pi_old.
 
-    rewards   (B*K, R) of the discriminator; the KL penalty is taken off here
-    passages  (N, T) ids; each update takes its own by the count in running
-    returns   dict: the means of ppo_update's figures, and kl, entropy (nats per token)
+    rewards   (B, K, R) of the discriminator; the KL penalty is taken off here
+    passages  (N, T) ids; each update takes its own by the count in running; None for none
+    returns   dict: the means of ppo_update's figures, kl and entropy (nats per token),
               explained_variance of the returns by the old values, updates
     """
-    old_logprobs, old_values, entropy = look_back(generator, critic, roll, cfg)
-    log_ratio = (old_logprobs - roll.ref_logprobs) * roll.mask               # k1, (B*K, R)
-    kl, mask = (all_sum(log_ratio.sum()) / all_sum(roll.mask.sum())).item(), roll.mask
-    advantages, returns = gae(rewards - cfg.beta * log_ratio, old_values, mask, cfg.lam)
-    old, new, seen = gathered(old_values, returns, mask)
-    unexplained = ((new - old)[seen].var(correction=0)
-                   / new[seen].var(correction=0).clamp(min=1e-8))
-    past = old_logprobs, old_values, whiten(advantages, mask), returns
+    logprobs, ref_logprobs, values, entropy = look_back(generator, reference, critic, batch, roll,
+                                                        cfg)
+    mask, log_ratio = roll.mask, (logprobs - ref_logprobs) * roll.mask
+    advantages, returns = gae(rewards - cfg.beta * log_ratio, values, mask, cfg.lam)
+    past = logprobs, values, whiten(advantages, mask), returns
+    # the mean of log pi/pi_ref over samples is the KL; exp(-x) - 1 + x, of the same mean
+    # (Schulman 2020), explodes where pi is much smaller than the reference
+    kl, entropy = (all_sum((z * mask).sum()).item() / all_sum(mask.sum()).item()
+                   for z in (log_ratio, entropy))
+    old, new, seen = gathered(values, returns, mask)
+    unexplained = (new - old)[seen].var(correction=0) / new[seen].var(correction=0).clamp(min=1e-8)
+    minibatches = [rows for _ in range(cfg.epochs)
+                   for rows in torch.randperm(len(mask)).split(cfg.minibatch // ranks()[1])]
     figures = []
-    K, columns = cfg.samples, torch.arange(cfg.samples)
-    for _ in range(cfg.epochs):
-        order = (torch.randperm(len(mask) // K)[:, None] * K + columns).flatten().to(mask.device)
-        for rows in order.split(cfg.minibatch // ranks()[1]):
-            drawn = None
-            if cfg.pretrain:
-                index = data.order(len(passages), PASSAGES, (cfg.seed, 2),
-                                   running['updates'])
-                drawn = torch.from_numpy(passages[shard(index)]).to(mask.device)
-            figures.append(ppo_update(generator, critic, optimizers, rows, past, roll, batch, drawn,
-                                      lrs, cfg))
-            running['updates'] += 1
-            if figures[-1][3] > APPROX_KL:
-                break
-        if figures[-1][3] > APPROX_KL:
+    for rows in minibatches:
+        drawn = None
+        if passages is not None:
+            index = data.order(len(passages), PASSAGES, (cfg.seed, 2), running['updates'])
+            drawn = data.passage_batch(passages[shard(index)], cfg.device)
+        part, r, *old = (data.take(z, rows.to(mask.device)) for z in (batch, roll, *past))
+        figures.append(ppo_update(generator, critic, optimizers, part, r, old, drawn, lrs, cfg))
+        running['updates'] += 1
+        if figures[-1]['approx_kl'] > APPROX_KL:
             break
-    names = 'g_loss v_loss mle approx_kl clip_fraction g_norm pretrain_norm pretrain'.split()
-    record = dict(zip(names, np.mean(figures, 0).tolist()))
-    record |= {'kl': kl, 'entropy': entropy.item(),
-               'explained_variance': 1 - unexplained.item(), 'updates': len(figures)}
-    return record
-
-
-def load_data(cfg):
-    """The tokenizer, the training and the dev Split; says how much was cut."""
-    enc = data.load_tokenizer(cfg.data)
-    splits = [data.Split(data.load_examples(cfg.data, name), enc, cfg.max_prompt,
-                         cfg.max_response, cfg.context, train=name == 'train')
-              for name in ('train', 'dev')]
-    for name, s in zip(('train', 'dev'), splits):
-        print(f'{name}: {len(s)} examples, {s.cut_prompts} prompts cut to {cfg.max_prompt} tokens, '
-              f'{s.cut_responses} answers cut to {cfg.max_response}', flush=True)
-    return enc, *splits
+    record = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
+    return record | {'kl': kl, 'entropy': entropy, 'explained_variance': 1 - unexplained.item(),
+                     'updates': len(figures)}
 
 
 def load_generator(cfg, enc):
@@ -519,13 +440,7 @@ def load_generator(cfg, enc):
                                   cfg.n_layer, cfg.n_head, cfg.n_embd))
     else:
         generator = GPT.from_pretrained(cfg.init_from)
-    c = generator.config
-    if c.vocab_size != enc.n_vocab:
-        raise ValueError(f'--init_from {cfg.init_from} has a vocabulary of {c.vocab_size}, --data '
-                         f'{cfg.data} one of {enc.n_vocab}: give a matching pair')
-    if cfg.max_prompt + cfg.max_response > c.block_size:
-        raise ValueError(f'--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} '
-                         f'exceed the block size {c.block_size} of {cfg.init_from}: lower them')
+    data.check_fit(generator.config, enc, cfg)
     return generator.to(cfg.device).eval()
 
 
@@ -534,42 +449,41 @@ def warm_start(generator, train_set, out, log, caught, cfg):
     path, optimizer, start = out / 'sft.pt', adamw(generator), 0
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
-        generator.load_strictly(saved['model'], path)
+        generator.load_state_dict(saved['model'])
         start = saved['sft_iter']
         if start < cfg.sft_iters:
             optimizer.load_state_dict(saved['optimizer'])
-    for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
-        stop = all_sum(bool(caught)) > 0
-        if stop or step % cfg.eval_interval == 0:
-            save(path, generator, cfg, log, sft_iter=step, optimizer=optimizer.state_dict())
+    for step in tqdm(range(start, cfg.sft_iters + 1), 'warm start', disable=None):
+        stop, over = all_sum(bool(caught)) > 0, step == cfg.sft_iters
+        if stop or over or step % cfg.eval_interval == 0:
+            save(path, generator, cfg, log, sft_iter=step,
+                 optimizer=None if over else optimizer.state_dict())
         if stop:
             return False
-        mle, norm = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
-        log({'sft_iter': step, 'mle': mle, 'mle_norm': norm}, step % LOG_INTERVAL == 0)
-    if start < cfg.sft_iters or not path.exists():
-        save(path, generator, cfg, log, sft_iter=cfg.sft_iters)
+        if not over:
+            mle, norm = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
+            log({'sft_iter': step, 'mle': mle, 'mle_norm': norm})
     return True
 
 
 def train(cfg, caught=()):
     """
-    The whole road: warm start, adversarial stage, evaluation; writes everything into out_dir.
+    Warm start, adversarial stage, evaluation; writes everything into out_dir.
 
     caught   a list that a signal handler fills; once it is not empty, train saves and returns None
-    returns  dict: the final figures of `warm start` and `tuned`, or `more MLE`; None but on rank 0
+    returns  dict: the final figures of `warm start` and `tuned`; None but on rank 0
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
     open_device(cfg)
-    out, lock = open_folder(cfg)
+    out, lock = open_folder(cfg)                     # the lock holds as long as it is kept
     rank = ranks()[0]
     torch.manual_seed(cfg.seed)
-    # data
-    enc, train_set, dev_set = load_data(cfg)
-    passages = data.load_passages(train_set.examples, enc,
-                                  cfg.max_prompt + cfg.max_response) if cfg.pretrain else None
-    # models
+    # data and models
+    enc, train_set, dev_set = data.load(cfg)
     generator = load_generator(cfg, enc)
+    passages = data.load_passages(train_set.examples, enc, cfg.max_prompt + cfg.max_response
+                                  ) if cfg.pretrain else None
     reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
     if cfg.compile:
         generator.compile()
@@ -584,19 +498,18 @@ def train(cfg, caught=()):
     critic = Critic(generator).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     critic_optimizer = adamw(critic)
+    kept = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer,
+                critic=critic, critic_optimizer=critic_optimizer)
     # d_acc starts at chance
     running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'updates': 0}
     # resume
-    if 'discriminator' in saved:
-        generator.load_strictly(saved['model'], out / 'ckpt.pt')
-        discriminator.load_state_dict(saved['discriminator'])
-        optimizer.load_state_dict(saved['optimizer'])
-        d_optimizer.load_state_dict(saved['d_optimizer'])
-        critic.load_state_dict(saved['critic'])
-        critic_optimizer.load_state_dict(saved['critic_optimizer'])
+    if 'running' in saved:
+        generator.load_state_dict(saved['model'])
+        for name, part in kept.items():
+            part.load_state_dict(saved[name])
         running = saved['running']
     if cfg.compile:
-        for network in reference, discriminator, critic:
+        for network in reference, discriminator.trunk, critic.trunk:
             network.compile()
 
     for it in tqdm(range(saved.get('iter', 0), cfg.iters + 1), 'iterations', disable=None):
@@ -604,75 +517,66 @@ def train(cfg, caught=()):
         due = it % cfg.eval_interval == 0 or it == cfg.iters
         stop = all_sum(bool(caught)) > 0
         if (due or stop) and not running['sick']:
-            save(out / 'ckpt.pt', generator, cfg, log, iter=it,
-                 discriminator=discriminator.state_dict(),
-                 optimizer=optimizer.state_dict(), d_optimizer=d_optimizer.state_dict(),
-                 critic=critic.state_dict(), critic_optimizer=critic_optimizer.state_dict(),
-                 running=running)
+            save(out / 'ckpt.pt', generator, cfg, log, iter=it, running=running,
+                 **{name: part.state_dict() for name, part in kept.items()})
         if due and rank == 0:
             figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
-            log({'iter': it, 'dev': figures}, True)
+            log({'iter': it, 'dev': figures})
             sample.draw({'this run': [sample.read_run(out)]}, out / 'curves.png')
         if due:
-            trim_freed_memory()
+            keep_freed_memory(False)
         if stop:
             return None
         if it == cfg.iters:
             break
 
         # rollout
-        lap = Stopwatch(cfg.device)
-        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
-        batch = train_set.batch(shard(index), cfg.device)
+        log.lap()
         torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
-        roll = rollout(generator, reference, batch, dev_set.eos, rng, cfg)
-        answers = gathered(*(z.unflatten(0, (-1, cfg.samples)) for z in roll[2:5]), *batch[2:])
-        record = {'iter': it, **data.health(*answers)}
+        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
+        batch = train_set.batch(shard(index), cfg.device)
+        with autocast(cfg):
+            roll = generator.generate(batch.prompt, batch.pad, cfg.max_response, dev_set.eos,
+                                      cfg.samples, cfg.temperature, rng=rng)
+        record = {'iter': it, **data.health(*gathered(*roll, *batch[2:]))}
         running['sick'] = running['sick'] + 1 if record.pop('sick') else 0
-        lap('rollout')
+        log.lap('rollout')
 
         # discriminator step
-        gold = (z.repeat_interleave(cfg.samples, 0) for z in batch[2:])
-        pairs = Pairs(roll.prompt, roll.pad, *gold, roll.response, roll.mask)
         moving = (running['g_steps'] > 0 or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
-        skip = moving and running['d_acc'] > cfg.d_max_acc
-        record |= discriminator_step(discriminator, d_optimizer, pairs, skip, cfg)
+        learn = not moving or running['d_acc'] <= cfg.d_max_acc
+        record |= discriminator_step(discriminator, d_optimizer, batch, roll, learn, cfg)
         if record['d_acc'] is not None:
             running['d_acc'] = .9 * running['d_acc'] + .1 * record['d_acc']
         record['d_acc_mean'] = running['d_acc']
-        lap('discriminator')
+        log.lap('discriminator')
 
         # generator step
-        rewards, record['reward'] = reward(discriminator, roll, batch, cfg)
+        rewards, record['reward'] = reward(discriminator, batch, roll, cfg)
         if moving:
-            if running['g_steps'] == 0:
-                critic.start_from(discriminator)
+            if running['g_steps'] == 0:              # the discriminator's trunk knows prefixes
+                critic.load_state_dict(discriminator.state_dict())
+                torch.nn.init.zeros_(critic.score.weight)
+                torch.nn.init.zeros_(critic.score.bias)
             running['g_steps'] += 1
             share = schedule(it, cfg.iters, running['g_steps'], 20)
-            record |= ppo_step(generator, critic, (optimizer, critic_optimizer), roll, rewards,
-                               batch, passages, running,
+            record |= ppo_step(generator, reference, critic, (optimizer, critic_optimizer), batch,
+                               roll, rewards, passages, running,
                                (cfg.lr * share, cfg.critic_lr * share), cfg)
-        seconds = lap('generator')
+        log.lap('generator')
 
         # log
-        log({**record, 'seconds': seconds}, it % LOG_INTERVAL == 0)
+        log({**record, 'seconds': log.seconds})
         if running['sick'] > 20:                     # iterations in a row
-            answers = data.to_text(roll.response, roll.mask, enc)
-            answer = max(answers, key=answers.count)
-            log({'iter': it, 'collapsed': answer}, False)
-            raise FloatingPointError(
-                f'the answers collapsed by iteration {it} (distinct-2 {record["distinct2"]:.2f}, '
-                f'longest run {record["longest_run"]:.0f}, many like {answer!r}): ckpt.pt is the '
-                'last healthy one; give a lower --lr or a higher --anchor or --beta')
+            log.collapsed(it, data.to_text(roll.response[:, 0], roll.mask[:, 0], enc))
 
     if rank:
         return None
     figures = sample.finish({'warm start': reference, 'tuned': generator}, discriminator, dev_set,
                             enc, out, cfg)
-    log({'final': figures}, False)
-    print(f'peak memory {peak_memory(cfg.device):.2f} GiB', flush=True)
+    log({'final': figures})
     return figures
 
 

@@ -1,7 +1,7 @@
 """
 REINFORCE: the discriminator's score is the reward of a sampled answer.
 
-    max_G  E[ s(x, y) ] - beta KL(pi || pi_SFT)          y ~ pi(. | x)
+    max_G  E[ r(x, y) ] - beta KL(pi || pi_SFT)          y ~ pi(. | x)
     grad = E[ sum_t (G_t - b) grad log pi(y_t | x, y_<t) ]               Williams (1992)
     max_D  E[ log sigmoid(s(x, y*) - s(x, y)) ]          or the minimax form, Goodfellow (2014)
 
@@ -19,9 +19,9 @@ import math
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Optional, get_args
+from typing import Literal, Optional, get_args
 
 import numpy as np
 import torch
@@ -30,10 +30,9 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import (GPT, Discriminator, GPTConfig, Log, Stopwatch, adamw, all_sum, autocast,
-                   catch_signals, gathered, hold_last, load_checkpoint, open_device,
-                   open_folder, peak_memory, ranks, save, schedule, shard, trim_freed_memory,
-                   update)
+from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast,
+                   catch_signals, gathered, hold_last, keep_freed_memory, load_checkpoint,
+                   open_device, open_folder, ranks, save, schedule, shard, update)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -50,7 +49,7 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    control: str = ''                # a run to repeat with more MLE in its adversarial stage's time
+    control: str = ''                # a run: only do MLE, for as long as its adversarial stage took
     eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
@@ -70,9 +69,9 @@ class Config:
     # adversarial stage
     iters: int = 1000                # rollouts
     batch_size: int = 64             # prompts of a rollout
-    samples: int = 4                 # K, responses to each prompt
+    samples: int = 4                 # K, answers to each prompt
     temperature: float = 1.0         # of rollouts and of the policy learned; evaluation takes .8
-    micro_batch: int = 64            # responses of one backward pass; lower it to save memory
+    micro_batch: int = 16            # prompts of one backward pass; lower it to save memory
     beta: float = 0.02               # weight of the KL from the warm start, per nat
     anchor: float = 0.1              # weight of MLE on the gold answers beside the score
     lr: float = 5e-6                 # peak learning rate of the generator
@@ -81,28 +80,25 @@ class Config:
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
     d_lr: float = 1e-5               # its learning rate
     d_warmup_iters: int = 200        # at most so many iterations before the generator moves
-    d_warmup_acc: float = 0.75       # or until the running pair accuracy gets there
-    d_max_acc: float = 0.85          # steps are skipped while the running pair accuracy is above
+    d_warmup_acc: float = 0.75       # or until the running pair accuracy is there; 1: never
+    d_max_acc: float = 0.85          # it rests while the running pair accuracy is above; 1: never
     d_dropout: float = 0.1           # in its own step only
     # reward
-    reward: Literal['margin', 'score', 'none'] = 'margin'  # see `reward`
-    # reinforce
+    reward: Literal['margin', 'score', 'none'] = 'margin'  # over the gold answer's, or the score
     baseline: Literal['loo', 'mean'] = 'loo'     # leave-one-out over K, or a running mean
 
 
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
     device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=350, batch_size=128,
-    samples=2, micro_batch=256, beta=0.0, anchor=4.0, lr=4e-3, d_lr=2e-3,
-    d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0,
-    eval_interval=25,
+    samples=2, micro_batch=128, beta=0.0, anchor=4.0, lr=4e-3, d_lr=2e-3,
+    d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
 )
-
-
-LOG_INTERVAL = 10            # iterations from one printed line to the next
-NO_EOS_REWARD = -1.0         # in place of the reward of a response that does not end
-SHARES = 'd_warmup_acc d_max_acc d_dropout'.split()  # lie in [0, 1]
-ABOVE_0 = 'temperature'.split()                        # may not be 0
+BOUNDS = dict(                       # of what is not at least 1, or 0 where it is no whole number
+    seed=(0, math.inf), sft_iters=(0, math.inf), iters=(0, math.inf), d_warmup_iters=(0, math.inf),
+    d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, math.inf),
+)
+NO_EOS_REWARD = -1.0                 # of an answer that does not end
 
 
 def parse(argv=None):
@@ -117,15 +113,14 @@ def parse(argv=None):
         elif get_args(f.type):
             kind = dict(choices=get_args(f.type))
         else:
-            kind = dict(type=f.type, metavar=f.type.__name__.upper())
+            kind = dict(type=f.type)
         parser.add_argument('--' + f.name, default=argparse.SUPPRESS,
                             help=f'{notes[f.name]} (default: {f.default})', **kind)
     given = vars(parser.parse_args(argv))
     settings = dict(TINY) if given.get('tiny') else {}
     if given.get('resume'):
-        out = Path(given.get('out_dir', settings.get('out_dir', Config.out_dir)))
-        files = [out / 'ckpt.pt', out / 'sft.pt']
-        file = next((f for f in files if f.exists()), None)
+        out = Path(given.get('out_dir', Config.out_dir))
+        file = next((f for f in (out / 'ckpt.pt', out / 'sft.pt') if f.exists()), None)
         if file is None:
             raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
                              'the --out_dir of a run')
@@ -141,20 +136,12 @@ def parse(argv=None):
 
 def check(cfg):
     """Raises a ValueError naming the flag, its value and the remedy."""
-    may_be_0 = 'seed sft_iters iters d_warmup_iters'.split()
     for name, value in asdict(cfg).items():
-        least = 1 if type(value) is int and name not in may_be_0 else 0
-        least, most = (0, 1) if name in SHARES else (least, math.inf)
-        if type(value) in (int, float) and not (least <= value <= most and math.isfinite(value)):
-            raise ValueError(f'--{name} {value}: give a number of at least {least:g}' + (
-                f' and at most {most}' if name in SHARES else ''))
-    for name in ABOVE_0:
-        if getattr(cfg, name) == 0:
-            raise ValueError(f'--{name} 0: give a number above 0')
-    for name in 'micro_batch', 'minibatch':
-        if getattr(cfg, name, 0) % cfg.samples:
-            raise ValueError(f'--{name} {getattr(cfg, name)} with --samples {cfg.samples}: give a '
-                             'multiple, the samples of a prompt are learned from together')
+        if type(value) in (int, float):
+            least, most = BOUNDS.get(name, (1 if type(value) is int else 0, math.inf))
+            if not (least <= value <= most and math.isfinite(value)):
+                raise ValueError(f'--{name} {value}: give a number of at least {least}' + (
+                    f' and at most {most}' if most < math.inf else ''))
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
     check_approach(cfg)
@@ -165,8 +152,6 @@ def check_approach(cfg):
     if cfg.baseline == 'loo' and cfg.samples < 2:
         raise ValueError(f'--baseline loo with --samples {cfg.samples}: give --samples 2 or more, '
                          'or --baseline mean')
-    if cfg.control and not cfg.resume and not (Path(cfg.control) / 'metrics.jsonl').is_file():
-        raise ValueError(f'--control {cfg.control} holds no run: give the out_dir of one')
     if cfg.control and Path(cfg.control).resolve() == Path(cfg.out_dir).resolve():
         raise ValueError(f'--control {cfg.control} is the --out_dir too: give another --out_dir')
 
@@ -175,18 +160,12 @@ def check_approach(cfg):
 # losses: functions of tensors
 
 
-def mle_loss(generator, batch, n_tokens=None):
-    """-log pi of the gold answers with their eos, nats per token: a Batch's sum over n_tokens, by
-    default its own; a scalar."""
-    logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response)
-    return -(logprobs * batch.mask).sum() / (batch.mask.sum() if n_tokens is None else n_tokens)
-
-
 def discriminator_loss(real, fake, kind):
     """
     What the discriminator minimises, elementwise, in nats.
 
-    real, fake  scores of the gold and of the sampled answer to one prompt, logits, any one shape
+    real, fake  scores of the gold and of a sampled answer to one prompt, logits, of shapes that
+                broadcast
     kind        pair: -log sigmoid(real - fake), Jolicoeur-Martineau 2019;
                 minimax: -log D(real) - log(1 - D(fake)), D = sigmoid(score), Goodfellow 2014
     """
@@ -195,141 +174,68 @@ def discriminator_loss(real, fake, kind):
     return F.softplus(-real) + F.softplus(fake)
 
 
-def advantages(rewards, K, baseline, running_mean):
+def pair_weights(response, mask, gold, gold_mask, prefixes):
+    """
+    Weights (B, K, R) of the losses of samples (B, K, R) beside their gold answers (B, R): 1 in all
+    for a pair, 0 for a tie. With prefixes, even over those from the first difference to the end of
+    the longer answer; otherwise all of it at the last column, where both are over.
+    """
+    differ = (response != gold[:, None]).cumsum(-1) > 0
+    where = differ & (mask | gold_mask[:, None])
+    if not prefixes:
+        where = F.pad(differ[..., -1:], (differ.size(-1) - 1, 0))
+    return where / where.sum(-1, keepdim=True).clamp(min=1)
+
+
+def advantages(rewards, baseline, running_mean):
     """
     Return-to-go minus a baseline that does not depend on the sample itself.
 
-    rewards   (B*K, R), 0 outside the mask; the K samples of a prompt side by side
+    rewards   (B, K, R), 0 outside the mask
     baseline  loo: mean return of the prompt's other samples, Kool et al. 2019; mean: running_mean
-    returns   (B*K, R)
+    returns   (B, K, R)
     """
-    returns = rewards.flip(1).cumsum(1).flip(1)                              # (B*K, R)
+    returns = rewards.flip(-1).cumsum(-1).flip(-1)                           # (B, K, R)
     if baseline == 'mean':
         return returns - running_mean
-    whole = returns[:, :1].unflatten(0, (-1, K))                             # (B, K, 1)
-    others = (whole.sum(1, keepdim=True) - whole) / (K - 1)
-    return returns - others.flatten(0, 1)
+    whole = returns[..., :1]                                                 # (B, K, 1)
+    others = (whole.sum(1, keepdim=True) - whole) / (whole.size(1) - 1)
+    return returns - others
 
 
 def policy_loss(logprobs, advantages, mask):
     """
     -sum_t A_t log pi(y_t), whose gradient is minus the policy gradient (Williams 1992).
 
-    logprobs    (B, R) log-probabilities of the sampled tokens, nats, with gradient
-    advantages  (B, R) return-to-go minus baseline, no gradient
-    mask        (B, R) True up to and including eos
+    logprobs    (B, K, R) log-probabilities of the sampled tokens, nats, with gradient
+    advantages  (B, K, R) return-to-go minus baseline, no gradient
+    mask        (B, K, R) True up to and including eos
     returns     a sum: divide it by the number of samples, a constant, not by their tokens
     """
     return -(advantages * logprobs * mask).sum()
 
 
 # -----------------------------------------------------------------------------
-# rollout and evaluation
+# scores and rewards
 
 
-class Rollout(NamedTuple):
-    prompt: torch.Tensor         # (B*K, P) ids, the K samples of a prompt side by side
-    pad: torch.Tensor            # (B*K,) padding tokens on the left
-    response: torch.Tensor       # (B*K, R) sampled ids
-    mask: torch.Tensor           # (B*K, R) True up to and including eos
-    ended: torch.Tensor          # (B*K,) whether eos came within R
-    ref_logprobs: torch.Tensor   # (B*K, R) of the response under the reference, nats
+def beside_gold(batch, roll):
+    """The gold answer and, after it, the samples of each prompt: ids and mask (B, 1 + K, R)."""
+    return (torch.cat((batch.response[:, None], roll.response), 1),
+            torch.cat((batch.mask[:, None], roll.mask), 1))
+
+
+def score(discriminator, batch, response, mask, cfg):
+    """Scores s_t, logits, of N answers to each prompt, (B, N, R) ids or (B, N, R, V) one-hots:
+    (B, N, R), where an answer that is over keeps its last."""
+    with autocast(cfg):
+        return hold_last(discriminator(batch.prompt, batch.pad, response), mask)
 
 
 @torch.no_grad()
-def rollout(generator, reference, batch, eos, rng, cfg):
-    """K samples of each prompt, over the full vocabulary, and what the reference thinks of them at
-    the same temperature: the policy that samples is the policy that is scored."""
-    with autocast(cfg):
-        response, mask, _ = generator.generate(batch.prompt, batch.pad, cfg.max_response, eos,
-                                               samples=cfg.samples,
-                                               temperature=cfg.temperature, rng=rng)
-        n = max(1, cfg.micro_batch // cfg.samples)
-        parts = zip(batch.prompt.split(n), batch.pad.split(n), response.split(n * cfg.samples))
-        ref_logprobs = torch.cat([reference.response_logprobs(*part, cfg.temperature)[0]
-                                  for part in parts])
-    prompt, pad = (z.repeat_interleave(cfg.samples, 0) for z in (batch.prompt, batch.pad))
-    return Rollout(prompt, pad, response, mask, ((response == eos) & mask).any(1), ref_logprobs)
-
-
-@torch.no_grad()
-def score(discriminator, prompt, pad, response, cfg):
-    """Scores s_t (B*K, R) of K responses, side by side, to each prompt (B, P), logits."""
-    K = len(response) // len(prompt)
-    n = max(1, cfg.micro_batch // K)
-    parts = zip(prompt.split(n), pad.split(n), response.split(n * K))
-    with autocast(cfg):
-        return torch.cat([discriminator(*part) for part in parts])
-
-
-# -----------------------------------------------------------------------------
-# training
-
-
-class Pairs(NamedTuple):
-    prompt: torch.Tensor      # (N, P) ids
-    pad: torch.Tensor         # (N,) padding tokens on the left
-    real: torch.Tensor        # (N, R) ids of the gold answer
-    real_mask: torch.Tensor   # (N, R) True up to and including eos
-    fake: torch.Tensor        # (N, R) ids of a sampled answer to the same prompt
-    fake_mask: torch.Tensor   # (N, R)
-
-
-def mle_step(generator, optimizer, train_set, step, steps, cfg):
-    """MLE update number `step` of `steps`; the loss in nats per token, the gradient's norm."""
-    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
-    batch = train_set.batch(shard(index), cfg.device)
-    with autocast(cfg):
-        loss = mle_loss(generator, batch, all_sum(batch.mask.sum()))
-    loss.backward()
-    norm = update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50))
-    return all_sum(loss).item(), norm
-
-
-def discriminator_step(discriminator, optimizer, pairs, skip, cfg):
+def reward(discriminator, batch, roll, cfg):
     """
-    One update on pairs. Ties, whose sampled answer is the gold one, are left out.
-
-    With d_prefixes the loss is the mean over all prefixes from the first difference on, an answer
-    that is over keeping its last score; otherwise that of the whole answers.
-    skip     measure only
-    returns  dict: d_loss in nats, d_norm, d_acc (None if all tie), tie_rate
-    """
-    differ = (pairs.real != pairs.fake).cumsum(1) > 0                        # (N, R)
-    untied = differ[:, -1]
-    where = differ & (pairs.real_mask | pairs.fake_mask)
-    if not cfg.d_prefixes:
-        where = F.pad(untied[:, None], (where.size(1) - 1, 0))
-    n_untied = all_sum(untied.sum()).clamp(min=1)
-    weights = where / where.sum(1, keepdim=True).clamp(min=1) / n_untied
-    learn = all_sum(untied.sum()).item() > 0 and not skip
-    discriminator.train(learn)
-    losses, margins = [], []
-    for rows in torch.arange(len(untied), device=untied.device).split(cfg.micro_batch):
-        p = Pairs(*(z[rows] for z in pairs))
-        with autocast(cfg), torch.set_grad_enabled(learn):
-            response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
-                (p.real, p.fake), (p.real_mask, p.fake_mask)))
-            scores = hold_last(discriminator(p.prompt, p.pad, response), mask)   # (2 n, R)
-            real, fake = scores[::2], scores[1::2]
-            loss = (discriminator_loss(real, fake, cfg.d_loss) * weights[rows]).sum()
-        if learn:
-            loss.backward()
-        losses.append(loss.detach())
-        margins.append((real - fake)[:, -1].detach())
-    discriminator.eval()
-    d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
-    right = (torch.cat(margins) > 0)[untied]
-    n_right, n_pairs, n_all = (all_sum(n) for n in (
-        right.sum().item(), len(right), len(untied)))
-    return {'d_loss': all_sum(sum(losses)).item() if all_sum(untied.sum()).item() else None,
-            'd_norm': d_norm, 'd_acc': n_right / n_pairs if n_pairs else None,
-            'tie_rate': 1 - n_pairs / n_all}
-
-
-def reward(discriminator, roll, batch, cfg):
-    """
-    Rewards of the sampled answers, (B*K, R): 0 but at the last token, and the mean score in logits.
+    Rewards of the sampled answers, (B, K, R), 0 but at the last token; the mean score in logits.
 
     margin  tanh((s - s*) / 2) = 2 sigmoid(s - s*) - 1, s* of the gold answer as far as that token:
             0 where the two cannot be told apart, -1 for a sure fake, however sure
@@ -337,87 +243,113 @@ def reward(discriminator, roll, batch, cfg):
     none    0: what is left is the KL penalty and the anchor
     An answer that does not end gets -1 in its place.
     """
-    response, mask = (torch.cat((gold[:, None], sampled.unflatten(0, (-1, cfg.samples))), 1)
-                      .flatten(0, 1) for gold, sampled in ((batch.response, roll.response),
-                                                           (batch.mask, roll.mask)))
-    scores = hold_last(score(discriminator, batch.prompt, batch.pad, response, cfg), mask)
-    scores = scores.unflatten(0, (-1, cfg.samples + 1))                      # (B, 1 + K, R)
-    gold, scores = scores[:, :1], scores[:, 1:]
+    scores = torch.cat([score(discriminator, part, *beside_gold(part, r), cfg)
+                        for part, r in data.parts(cfg.micro_batch, batch, roll)])
+    gold, scores = scores[:, :1], scores[:, 1:]                              # (B, 1, R), (B, K, R)
     values = {'margin': ((scores - gold) / 2).tanh(), 'score': scores,
-              'none': torch.zeros_like(scores)}[cfg.reward].flatten(0, 1)
-    values = torch.where(roll.ended[:, None], values, NO_EOS_REWARD)
-    last = roll.mask & ~F.pad(roll.mask[:, 1:], (0, 1))
-    mean = all_sum(scores[..., -1].sum()).item() / len(values) / ranks()[1]
+              'none': torch.zeros_like(scores)}[cfg.reward]
+    values = torch.where(roll.ended[..., None], values, NO_EOS_REWARD)
+    last = roll.mask & ~F.pad(roll.mask[..., 1:], (0, 1))
+    mean = all_sum(scores[..., -1].mean()).item() / ranks()[1]
     return values * last, mean
 
 
-def reinforce_step(generator, optimizer, roll, rewards, batch, baseline, lr, cfg):
-    """
-    One policy-gradient update with its MLE anchor.
+# -----------------------------------------------------------------------------
+# training
 
-    rewards   (B*K, R) of the discriminator; the KL penalty is taken off here
-    baseline  running mean of the return
-    returns   dict: g_loss, g_norm, mle, kl and entropy (nats per token), return_mean
-    """
-    N = len(roll.response) * ranks()[1]
-    sums = torch.zeros(5, device=rewards.device)
-    for rows in torch.arange(len(roll.response), device=rewards.device).split(cfg.micro_batch):
-        r = Rollout(*(z[rows] for z in roll))
+
+def mle_gradient(generator, batch, weight, cfg):
+    """Adds the gradient of weight x -log pi of a Batch's gold answers with their eos, in
+    micro-batches; returns -log pi, nats per token of all ranks."""
+    n_tokens, total = all_sum(batch.mask.sum()), torch.zeros((), device=batch.mask.device)
+    for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
-            logprobs, entropy = generator.response_logprobs(
-                r.prompt[::cfg.samples], r.pad[::cfg.samples], r.response, cfg.temperature)
-        log_ratio = (logprobs.detach() - r.ref_logprobs) * r.mask            # k1, (n, R)
-        total = rewards[rows] - cfg.beta * log_ratio
-        A = advantages(total, cfg.samples, cfg.baseline, baseline)
-        loss = policy_loss(logprobs, A, r.mask) / N
+            logprobs, _ = generator.response_logprobs(part.prompt, part.pad, part.response[:, None])
+        loss = -(logprobs[:, 0] * part.mask).sum() / n_tokens
+        (weight * loss).backward()
+        total += loss.detach()
+    return all_sum(total).item()
+
+
+def mle_step(generator, optimizer, train_set, step, steps, cfg):
+    """MLE update number `step` of `steps`; the loss in nats per token, the gradient's norm."""
+    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
+    loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
+    return loss, update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50))
+
+
+def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
+    """
+    One update on all pairs of a gold and a sampled answer that differ.
+
+    learn    False to measure only
+    returns  dict: d_loss in nats, d_norm, d_acc (None if all tie), tie_rate
+    """
+    weights = pair_weights(*roll[:2], *batch[2:], cfg.d_prefixes)            # (B, K, R)
+    n, n_pairs = weights[..., 0].numel() * ranks()[1], all_sum(weights.any(-1).sum()).item()
+    learn = learn and n_pairs > 0
+    discriminator.train(learn)
+    sums = torch.zeros(2, device=weights.device)
+    for part, r, w in data.parts(cfg.micro_batch, batch, roll, weights):
+        with torch.set_grad_enabled(learn):
+            scores = score(discriminator, part, *beside_gold(part, r), cfg)  # (b, 1 + K, R)
+            real, fake = scores[:, :1], scores[:, 1:]
+            loss = (discriminator_loss(real, fake, cfg.d_loss) * w).sum() / max(n_pairs, 1)
+        if learn:
+            loss.backward()
+        right = (real > fake)[..., -1] & w.any(-1)
+        sums += torch.stack((loss.detach(), right.sum()))
+    discriminator.eval()
+    d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
+    d_loss, n_right = all_sum(sums).tolist()
+    return {'d_loss': d_loss if n_pairs else None, 'd_norm': d_norm,
+            'd_acc': n_right / n_pairs if n_pairs else None, 'tie_rate': 1 - n_pairs / n}
+
+
+def reinforce_step(generator, reference, optimizer, batch, roll, rewards, baseline, lr, cfg):
+    """
+    One policy-gradient update, with the MLE anchor.
+
+    rewards   (B, K, R) of the discriminator; the KL penalty is taken off here
+    baseline  running mean of the return
+    returns   dict: g_loss, kl and entropy (nats per token), return_mean, mle, g_norm
+    """
+    n = rewards[..., 0].numel() * ranks()[1]
+    sums = torch.zeros(5, device=rewards.device)
+    for part, r, given in data.parts(cfg.micro_batch, batch, roll, rewards):
+        answers = part.prompt, part.pad, r.response, cfg.temperature
+        with autocast(cfg):
+            logprobs, entropy = generator.response_logprobs(*answers)
+            with torch.no_grad():
+                ref_logprobs, _ = reference.response_logprobs(*answers)
+        # its mean over samples is the KL; exp(-x) - 1 + x, of the same mean (Schulman 2020),
+        # explodes where pi is much smaller than the reference
+        log_ratio = (logprobs.detach() - ref_logprobs) * r.mask
+        total = given - cfg.beta * log_ratio
+        loss = policy_loss(logprobs, advantages(total, cfg.baseline, baseline), r.mask) / n
         loss.backward()
-        # the mean of k1 is the KL; k3 of Schulman 2020 jumped to 35 nats a token once pi was sharp
         sums += torch.stack((loss.detach(), log_ratio.sum(), (entropy * r.mask).sum(),
                              r.mask.sum(), total.sum()))
-    with autocast(cfg), torch.set_grad_enabled(cfg.anchor > 0):
-        mle = mle_loss(generator, batch, all_sum(batch.mask.sum()))
-    if cfg.anchor:
-        (cfg.anchor * mle).backward()
-    g_norm = update(generator, optimizer, lr)
     g_loss, kl, entropy, tokens, total = all_sum(sums).tolist()
-    return {'g_loss': g_loss, 'g_norm': g_norm, 'mle': all_sum(mle).item(), 'kl': kl / tokens,
-            'entropy': entropy / tokens, 'return_mean': total / N}
+    figures = {'g_loss': g_loss, 'kl': kl / tokens, 'entropy': entropy / tokens,
+               'return_mean': total / n}
+    if cfg.anchor:
+        figures['mle'] = mle_gradient(generator, batch, cfg.anchor, cfg)
+    figures['g_norm'] = update(generator, optimizer, lr)
+    return figures
 
 
-def control_steps(reference, train_set, cfg):
-    """
-    MLE steps to an iteration, at least 1, that take as long in all as the run cfg.control did.
-
-    A run's time is that of its iterations by their median, those in which the generator moves and
-    those before apart: a pause of the machine is no training.
-    """
-    times = {True: [], False: []}
-    for record in sample.read_run(cfg.control):
-        if 'seconds' in record:
-            times['g_loss' in record].append(sum(record['seconds'].values()))
-    seconds = sum(len(t) * np.median(t) for t in times.values() if t)
-    twin = copy.deepcopy(reference).requires_grad_()
-    if cfg.compile:
-        twin.compile()
-    optimizer, steps = adamw(twin), []
+def control_steps(generator, train_set, cfg):
+    """MLE steps that take as long as the iterations of the run cfg.control did; one of more than
+    three medians counts as three, for a pause of the machine is no training."""
+    times = [sum(r['seconds'].values()) for r in sample.read_run(cfg.control) if 'seconds' in r]
+    optimizer, still, steps = adamw(generator), replace(cfg, sft_lr=0.0), []
     for step in range(20):
         start = time.perf_counter()
-        mle_step(twin, optimizer, train_set, step, 20, cfg)
+        mle_step(generator, optimizer, train_set, step, 20, still)
         steps.append(time.perf_counter() - start)
-    step_seconds = all_sum(float(np.median(steps))) / ranks()[1]
-    return max(1, round(seconds / step_seconds / max(1, cfg.iters)))
-
-
-def load_data(cfg):
-    """The tokenizer, the training and the dev Split; says how much was cut."""
-    enc = data.load_tokenizer(cfg.data)
-    splits = [data.Split(data.load_examples(cfg.data, name), enc, cfg.max_prompt,
-                         cfg.max_response, cfg.context, train=name == 'train')
-              for name in ('train', 'dev')]
-    for name, s in zip(('train', 'dev'), splits):
-        print(f'{name}: {len(s)} examples, {s.cut_prompts} prompts cut to {cfg.max_prompt} tokens, '
-              f'{s.cut_responses} answers cut to {cfg.max_response}', flush=True)
-    return enc, *splits
+    seconds = np.minimum(times, 3 * np.median(times)).sum()
+    return max(1, round(seconds / (all_sum(float(np.median(steps))) / ranks()[1])))
 
 
 def load_generator(cfg, enc):
@@ -427,13 +359,7 @@ def load_generator(cfg, enc):
                                   cfg.n_layer, cfg.n_head, cfg.n_embd))
     else:
         generator = GPT.from_pretrained(cfg.init_from)
-    c = generator.config
-    if c.vocab_size != enc.n_vocab:
-        raise ValueError(f'--init_from {cfg.init_from} has a vocabulary of {c.vocab_size}, --data '
-                         f'{cfg.data} one of {enc.n_vocab}: give a matching pair')
-    if cfg.max_prompt + cfg.max_response > c.block_size:
-        raise ValueError(f'--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} '
-                         f'exceed the block size {c.block_size} of {cfg.init_from}: lower them')
+    data.check_fit(generator.config, enc, cfg)
     return generator.to(cfg.device).eval()
 
 
@@ -442,26 +368,26 @@ def warm_start(generator, train_set, out, log, caught, cfg):
     path, optimizer, start = out / 'sft.pt', adamw(generator), 0
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
-        generator.load_strictly(saved['model'], path)
+        generator.load_state_dict(saved['model'])
         start = saved['sft_iter']
         if start < cfg.sft_iters:
             optimizer.load_state_dict(saved['optimizer'])
-    for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
-        stop = all_sum(bool(caught)) > 0
-        if stop or step % cfg.eval_interval == 0:
-            save(path, generator, cfg, log, sft_iter=step, optimizer=optimizer.state_dict())
+    for step in tqdm(range(start, cfg.sft_iters + 1), 'warm start', disable=None):
+        stop, over = all_sum(bool(caught)) > 0, step == cfg.sft_iters
+        if stop or over or step % cfg.eval_interval == 0:
+            save(path, generator, cfg, log, sft_iter=step,
+                 optimizer=None if over else optimizer.state_dict())
         if stop:
             return False
-        mle, norm = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
-        log({'sft_iter': step, 'mle': mle, 'mle_norm': norm}, step % LOG_INTERVAL == 0)
-    if start < cfg.sft_iters or not path.exists():
-        save(path, generator, cfg, log, sft_iter=cfg.sft_iters)
+        if not over:
+            mle, norm = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
+            log({'sft_iter': step, 'mle': mle, 'mle_norm': norm})
     return True
 
 
 def train(cfg, caught=()):
     """
-    The whole road: warm start, adversarial stage, evaluation; writes everything into out_dir.
+    Warm start, adversarial stage, evaluation; writes everything into out_dir.
 
     caught   a list that a signal handler fills; once it is not empty, train saves and returns None
     returns  dict: the final figures of `warm start` and `tuned`, or `more MLE`; None but on rank 0
@@ -469,17 +395,19 @@ def train(cfg, caught=()):
     """
     # setup
     open_device(cfg)
-    out, lock = open_folder(cfg)
+    out, lock = open_folder(cfg)                     # the lock holds as long as it is kept
     rank = ranks()[0]
     torch.manual_seed(cfg.seed)
-    # data
-    enc, train_set, dev_set = load_data(cfg)
-    # models
+    # data and models
+    enc, train_set, dev_set = data.load(cfg)
     generator = load_generator(cfg, enc)
     reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
     if cfg.compile:
         generator.compile()
     # warm start
+    if cfg.control and not cfg.resume:
+        cfg.sft_iters, cfg.iters = control_steps(generator, train_set, cfg), 0
+        print(f'control: {cfg.sft_iters} steps of MLE', flush=True)
     files = [out / 'ckpt.pt', out / 'sft.pt'] if cfg.resume else []
     saved = next((load_checkpoint(file) for file in files if file.exists()), {})
     log = Log(out, cfg, saved.get('log_size', 0))
@@ -488,20 +416,17 @@ def train(cfg, caught=()):
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
+    kept = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
     # d_acc starts at chance
-    running = {'d_acc': .5, 'baseline': 0.0, 'g_steps': 0, 'sick': 0, 'control_steps': 0}
+    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'baseline': 0.0}
     # resume
-    if 'discriminator' in saved:
-        generator.load_strictly(saved['model'], out / 'ckpt.pt')
-        discriminator.load_state_dict(saved['discriminator'])
-        optimizer.load_state_dict(saved['optimizer'])
-        d_optimizer.load_state_dict(saved['d_optimizer'])
+    if 'running' in saved:
+        generator.load_state_dict(saved['model'])
+        for name, part in kept.items():
+            part.load_state_dict(saved[name])
         running = saved['running']
-    elif cfg.control:
-        running['control_steps'] = control_steps(reference, train_set, cfg)
-        print(f'control: {running["control_steps"]} MLE steps for each iteration', flush=True)
     if cfg.compile:
-        for network in reference, discriminator:
+        for network in reference, discriminator.trunk:
             network.compile()
 
     for it in tqdm(range(saved.get('iter', 0), cfg.iters + 1), 'iterations', disable=None):
@@ -509,80 +434,63 @@ def train(cfg, caught=()):
         due = it % cfg.eval_interval == 0 or it == cfg.iters
         stop = all_sum(bool(caught)) > 0
         if (due or stop) and not running['sick']:
-            save(out / 'ckpt.pt', generator, cfg, log, iter=it,
-                 discriminator=discriminator.state_dict(),
-                 optimizer=optimizer.state_dict(), d_optimizer=d_optimizer.state_dict(),
-                 running=running)
+            save(out / 'ckpt.pt', generator, cfg, log, iter=it, running=running,
+                 **{name: part.state_dict() for name, part in kept.items()})
         if due and rank == 0:
             figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
-            log({'iter': it, 'dev': figures}, True)
+            log({'iter': it, 'dev': figures})
             sample.draw({'this run': [sample.read_run(out)]}, out / 'curves.png')
         if due:
-            trim_freed_memory()
+            keep_freed_memory(False)
         if stop:
             return None
         if it == cfg.iters:
             break
 
         # rollout
-        lap = Stopwatch(cfg.device)
-        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
-        batch = train_set.batch(shard(index), cfg.device)
-        if cfg.control:
-            n = running['control_steps']
-            for step in range(n * it, n * it + n):
-                mle, norm = mle_step(generator, optimizer, train_set, step, n * cfg.iters, cfg)
-            log({'iter': it, 'mle': mle, 'mle_norm': norm, 'seconds': lap('mle')},
-                it % LOG_INTERVAL == 0)
-            continue
+        log.lap()
         torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
-        roll = rollout(generator, reference, batch, dev_set.eos, rng, cfg)
-        answers = gathered(*(z.unflatten(0, (-1, cfg.samples)) for z in roll[2:5]), *batch[2:])
-        record = {'iter': it, **data.health(*answers)}
+        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
+        batch = train_set.batch(shard(index), cfg.device)
+        with autocast(cfg):
+            roll = generator.generate(batch.prompt, batch.pad, cfg.max_response, dev_set.eos,
+                                      cfg.samples, cfg.temperature, rng=rng)
+        record = {'iter': it, **data.health(*gathered(*roll, *batch[2:]))}
         running['sick'] = running['sick'] + 1 if record.pop('sick') else 0
-        lap('rollout')
+        log.lap('rollout')
 
         # discriminator step
-        gold = (z.repeat_interleave(cfg.samples, 0) for z in batch[2:])
-        pairs = Pairs(roll.prompt, roll.pad, *gold, roll.response, roll.mask)
         moving = (running['g_steps'] > 0 or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
-        skip = moving and running['d_acc'] > cfg.d_max_acc
-        record |= discriminator_step(discriminator, d_optimizer, pairs, skip, cfg)
+        learn = not moving or running['d_acc'] <= cfg.d_max_acc
+        record |= discriminator_step(discriminator, d_optimizer, batch, roll, learn, cfg)
         if record['d_acc'] is not None:
             running['d_acc'] = .9 * running['d_acc'] + .1 * record['d_acc']
         record['d_acc_mean'] = running['d_acc']
-        lap('discriminator')
+        log.lap('discriminator')
 
         # generator step
-        rewards, record['reward'] = reward(discriminator, roll, batch, cfg)
+        rewards, record['reward'] = reward(discriminator, batch, roll, cfg)
         if moving:
             running['g_steps'] += 1
             lr = cfg.lr * schedule(it, cfg.iters, running['g_steps'], 20)
-            record |= reinforce_step(generator, optimizer, roll, rewards, batch,
+            record |= reinforce_step(generator, reference, optimizer, batch, roll, rewards,
                                      running['baseline'], lr, cfg)
             running['baseline'] = .9 * running['baseline'] + .1 * record.pop('return_mean')
-        seconds = lap('generator')
+        log.lap('generator')
 
         # log
-        log({**record, 'seconds': seconds}, it % LOG_INTERVAL == 0)
+        log({**record, 'seconds': log.seconds})
         if running['sick'] > 20:                     # iterations in a row
-            answers = data.to_text(roll.response, roll.mask, enc)
-            answer = max(answers, key=answers.count)
-            log({'iter': it, 'collapsed': answer}, False)
-            raise FloatingPointError(
-                f'the answers collapsed by iteration {it} (distinct-2 {record["distinct2"]:.2f}, '
-                f'longest run {record["longest_run"]:.0f}, many like {answer!r}): ckpt.pt is the '
-                'last healthy one; give a lower --lr or a higher --anchor or --beta')
+            log.collapsed(it, data.to_text(roll.response[:, 0], roll.mask[:, 0], enc))
 
     if rank:
         return None
-    tuned = 'more MLE' if cfg.control else 'tuned'
-    figures = sample.finish({'warm start': reference, tuned: generator}, discriminator, dev_set,
-                            enc, out, cfg)
-    log({'final': figures}, False)
-    print(f'peak memory {peak_memory(cfg.device):.2f} GiB', flush=True)
+    networks = {'more MLE': generator} if cfg.control else {'warm start': reference,
+                                                            'tuned': generator}
+    figures = sample.finish(networks, discriminator, dev_set, enc, out, cfg)
+    log({'final': figures})
     return figures
 
 

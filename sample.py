@@ -33,20 +33,16 @@ DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32)
 # checkpoints, runs and their names
 
 
-def settings_of(source):
-    """What a run of ours was trained with, as far as sampling needs it; DEFAULTS for others."""
-    if Path(source).suffix != '.pt':
-        return dict(DEFAULTS)
-    saved = load_checkpoint(source)
-    if 'settings' not in saved:
-        raise ValueError(f'{source} holds no settings: give a ckpt.pt or sft.pt of ours')
-    return {name: saved['settings'][name] for name in DEFAULTS}
-
-
-def settings_for(named, args):
-    """The settings of the first .pt file in (name, source) pairs, with what the flags say."""
-    trained = next((source for _, source in named if Path(source).suffix == '.pt'), None)
-    settings = settings_of(trained) if trained else dict(DEFAULTS)
+def settings_of(sources, args):
+    """How the first .pt file of these was trained, as far as sampling needs it, DEFAULTS if there
+    is none; --data wins."""
+    settings = dict(DEFAULTS)
+    trained = next((source for source in sources if Path(source).suffix == '.pt'), None)
+    if trained:
+        saved = load_checkpoint(trained)
+        if 'settings' not in saved:
+            raise ValueError(f'{trained} holds no settings: give a ckpt.pt or sft.pt of ours')
+        settings = {name: saved['settings'][name] for name in DEFAULTS}
     return settings | ({'data': args.data} if args.data else {})
 
 
@@ -82,21 +78,22 @@ def read_run(path):
 # looking
 
 
+@torch.no_grad()
 def answer(generator, split, rows, temperature, args):
     """One sampled response to each of these examples of a split, as ids (N, R) and mask (N, R)."""
     rng, parts = torch.Generator(args.device).manual_seed(args.seed), []
     for part in np.array_split(np.asarray(rows), -(-len(rows) // args.batch_size)):
         batch = split.batch(part, args.device)
-        parts.append(generator.generate(batch.prompt, batch.pad, split.responses.shape[1],
-                                        split.eos, temperature=temperature,
-                                        top_k=args.top_k, rng=rng)[:2])
+        roll = generator.generate(batch.prompt, batch.pad, split.responses.shape[1], split.eos,
+                                  temperature=temperature, top_k=args.top_k, rng=rng)
+        parts.append((roll.response[:, 0], roll.mask[:, 0]))
     return [torch.cat(z) for z in zip(*parts)]
 
 
 def ask(args):
     """Answers args.question with args.ckpt."""
-    settings = settings_of(args.ckpt)
-    enc = data.load_tokenizer(args.data or settings['data'])
+    settings = settings_of([args.ckpt], args)
+    enc = data.load_tokenizer(settings['data'])
     example = {'id': '', 'question': args.question, 'context': args.context or '', 'answers': []}
     split = data.Split([example] * args.samples, enc, settings['max_prompt'],
                        settings['max_response'], args.context is not None)
@@ -109,7 +106,7 @@ def ask(args):
 def compare(args):
     """Prints the answers of all checkpoints to the same dev prompts, and to a question if given."""
     named = names(args.compare)
-    settings = settings_for(named, args)
+    settings = settings_of([source for _, source in named], args)
     enc = data.load_tokenizer(settings['data'])
     examples = data.load_examples(settings['data'], 'dev', args.prompts)
     if args.question:
@@ -124,9 +121,6 @@ def compare(args):
         ids = answer(load(source, enc, args.device), split, range(len(examples)),
                      args.temperature[0], args)
         columns[name] = data.to_text(*ids, enc)
-    if args.markdown:
-        print(markdown(list(columns), zip(*columns.values())))
-        return
     width = max(map(len, columns))
     for row in zip(*columns.values()):
         print('\n'.join(f'{name:{width}}  {text}' for name, text in zip(columns, row)) + '\n')
@@ -155,20 +149,23 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     discriminator gets right, a tie counting half; length in tokens with eos; distinct2.
     """
     rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
-    examples, greedy, sampled, parts = split.examples[:cfg.eval_prompts], [], [], []
-    for rows in np.array_split(np.arange(len(examples)), -(-len(examples) // cfg.micro_batch)):
+    examples, greedy, sampled, kept = split.examples[:cfg.eval_prompts], [], [], []
+    n = cfg.micro_batch * cfg.samples
+    for rows in np.array_split(np.arange(len(examples)), -(-len(examples) // n)):
         batch = split.batch(rows, cfg.device)
-        for temperature, answers in (0, greedy), (.8, sampled):
-            with autocast(cfg):
-                response, mask, _ = generator.generate(
-                    batch.prompt, batch.pad, cfg.max_response, split.eos, rng=rng,
-                    temperature=temperature, top_k=100)
-            answers += data.to_text(response, mask, enc)
         with autocast(cfg):
-            fake, real = (hold_last(discriminator(batch.prompt, batch.pad, ids), m)[:, -1]
-                          for ids, m in ((response, mask), (batch.response, batch.mask)))
-        parts.append((response, mask, fake, (real > fake).float() + .5 * (real == fake)))
-    response, mask, fake, right = (torch.cat(z) for z in zip(*parts))
+            for temperature, answers in (0, greedy), (.8, sampled):
+                response, mask, _ = generator.generate(
+                    batch.prompt, batch.pad, cfg.max_response, split.eos,
+                    temperature=temperature, top_k=100, rng=rng)             # (n, 1, R)
+                answers += data.to_text(response[:, 0], mask[:, 0], enc)
+            pair = torch.cat((batch.response[:, None], response), 1)         # (n, 2, R)
+            scores = hold_last(discriminator(batch.prompt, batch.pad, pair),
+                               torch.cat((batch.mask[:, None], mask), 1))[..., -1]
+            tie = (pair[:, 0] == pair[:, 1]).all(-1)     # scores of equal answers differ by rounding
+        right = torch.where(tie, .5, (scores[:, 0] > scores[:, 1]).float())
+        kept.append((response[:, 0], mask[:, 0], scores[:, 1], right))
+    response, mask, fake, right = (torch.cat(z) for z in zip(*kept))
     figures = data.score_answers(greedy, examples)
     figures |= {'sample_f1': data.score_answers(sampled, examples)['f1'],
                 'reward': fake.mean().item(), 'd_acc': right.mean().item(),
@@ -248,13 +245,11 @@ def fresh_discriminator(trunk, split, fake, fake_mask, args):
 
     def margins(rows):
         """Score of the gold answer over the sampled one's at every column, (n, R); `where`."""
-        b = split.batch(rows, args.device)
-        response, mask = (torch.stack(z, 1).flatten(0, 1) for z in (
-            (b.response, fake[rows]), (b.mask, fake_mask[rows])))
-        scores = hold_last(network(b.prompt, b.pad, response), mask)
-        real, sampled = scores[::2], scores[1::2]
-        differ = (b.response != fake[rows]).cumsum(1) > 0
-        return real - sampled, differ & (b.mask | fake_mask[rows])
+        b, sampled, sampled_mask = split.batch(rows, args.device), fake[rows], fake_mask[rows]
+        scores = hold_last(network(b.prompt, b.pad, torch.stack((b.response, sampled), 1)),
+                           torch.stack((b.mask, sampled_mask), 1))           # (n, 2, R)
+        differ = (b.response != sampled).cumsum(1) > 0
+        return scores[:, 0] - scores[:, 1], differ & (b.mask | sampled_mask)
 
     network.train()
     for step in tqdm(range(steps), 'fresh discriminator', disable=None, leave=False):
@@ -299,15 +294,15 @@ def drift(generator, base, split, args):
     rng = torch.Generator(args.device).manual_seed(args.seed)
     for rows in np.array_split(np.arange(len(split)), -(-len(split) // args.batch_size)):
         batch = split.batch(rows, args.device)
-        response, mask, _ = generator.generate(batch.prompt, batch.pad, batch.response.size(1),
-                                               split.eos, rng=rng)
+        roll = generator.generate(batch.prompt, batch.pad, batch.response.size(1), split.eos,
+                                  rng=rng)
         logp, base_logp = (
-            g.head(g.response_hidden(batch.prompt, batch.pad, response)).log_softmax(-1)
-            for g in (generator, base))                                      # (n, R, V)
-        kl += ((logp.exp() * (logp - base_logp)).sum(-1) * mask).sum().item()
-        kl_tokens += mask.sum().item()
-        logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response)
-        nll -= (logprobs * batch.mask).sum().item()
+            g.head(g.response_hidden(batch.prompt, batch.pad, roll.response)).log_softmax(-1)
+            for g in (generator, base))                                      # (n, 1, R, V)
+        kl += ((logp.exp() * (logp - base_logp)).sum(-1) * roll.mask).sum().item()
+        kl_tokens += roll.mask.sum().item()
+        logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response[:, None])
+        nll -= (logprobs[:, 0] * batch.mask).sum().item()
         nll_tokens += batch.mask.sum().item()
     return kl / kl_tokens, nll / nll_tokens
 
@@ -342,26 +337,20 @@ def of_all(f):
 
 COLUMNS = {  # header: format, value of the figures
     'EM': ('.1f', lambda f: f['em']), 'F1': ('.1f', lambda f: f['f1']),
-    'HasAns F1': ('.1f', lambda f: f.get('has_f1', math.nan)),
-    'NoAns F1': ('.1f', lambda f: f.get('no_f1', math.nan)),
     'F1 sampled': ('.1f', lambda f: f['sample_f1']),
     'told apart %': ('.1f', lambda f: 100 * f['fresh']['accuracy']
                      if f['fresh']['pairs'] >= 100 else math.nan),       # noise, of fewer
     'of all %': ('.1f', lambda f: 100 * of_all(f)),
-    'by length %': ('.1f', lambda f: 100 * f['fresh']['length_accuracy']),
     'ties %': ('.1f', lambda f: 100 * f['fresh']['ties'] / f['prompts']),
-    'distinct-2': ('.3f', lambda f: f['distinct2']), 'run': ('.0f', lambda f: f['longest_run']),
-    'length': ('.2f', lambda f: f['length']),
+    'distinct-2': ('.3f', lambda f: f['distinct2']),
     'length dist.': ('.3f', lambda f: f['length_distance']),
     'KL': ('.3f', lambda f: f['kl']), 'perplexity': ('.2f', lambda f: f['perplexity'])}
-IN_TABLE = ['EM', 'F1', 'F1 sampled', 'told apart %', 'of all %', 'ties %', 'distinct-2',
-            'length dist.', 'KL', 'perplexity']
 
 
 def evaluate(args):
     """Judges each checkpoint on held-out prompts: a table, and args.out with every figure."""
     named = names(args.evaluate)
-    settings = settings_for(named, args)
+    settings = settings_of([source for _, source in named], args)
     enc = data.load_tokenizer(settings['data'])
     examples = data.load_examples(settings['data'], 'dev', args.prompts)
     split = data.Split(examples, enc, settings['max_prompt'], settings['max_response'],
@@ -371,7 +360,7 @@ def evaluate(args):
     print(f'{len(split)} prompts of {settings["data"]}; gold answers: distinct-2 '
           f'{data.distinct(gold.response, gold.mask, 2):.3f}, length {split.lengths.mean():.2f}; '
           'KL in nats per token from the first, at temperature 1')
-    results, bars = {}, ' ▁▂▃▄▅▆▇█'
+    results = {}
     for name, source in named:
         generator = load(source, enc, args.device)
         for temperature in args.temperature:
@@ -385,9 +374,6 @@ def evaluate(args):
             print(f'  told apart {t["accuracy"]:.1%} [{t["low"]:.1%}, {t["high"]:.1%}] of '
                   f'{t["pairs"]} pairs, {t["ties"]} ties left out; by length '
                   f'{t["length_accuracy"]:.1%}, by eos {t["eos_accuracy"]:.1%}')
-            for title, share in ('lengths', f['lengths']), ('of gold', f['gold_lengths']):
-                peak = max(*f['lengths'], *f['gold_lengths'])
-                print(f'  {title:8}' + ''.join(bars[round(8 * x / peak)] for x in share[1:]))
     out = Path(args.out or 'out/evaluation.json')
     out.parent.mkdir(parents=True, exist_ok=True)
     setup = {'torch': torch.__version__, 'device': args.device, 'settings': settings,
@@ -409,7 +395,7 @@ def table(args):
                 raise FileNotFoundError(f'{path} not found: --evaluate writes it') from None
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(f'{path} holds no results: give what --evaluate wrote') from e
-            found = {label: {k: (COLUMNS[k][0], COLUMNS[k][1](f)) for k in IN_TABLE}
+            found = {label: {k: (spec, value(f)) for k, (spec, value) in COLUMNS.items()}
                      for label, f in found.items()}
         else:
             found = {re.sub(r'-\d+$', '', Path(name).stem) if name == path else name:
@@ -514,6 +500,21 @@ def plot(args):
     print(f'wrote {out}')
 
 
+FLAGS = {  # type, default, help
+    'question': (str, None, 'with --ckpt, or one more with --compare'),
+    'context': (str, None, 'the passage that the answer to --question is in'),
+    'samples': (int, 1, 'answers, with --ckpt'),
+    'prompts': (int, None, 'dev prompts: 10 to compare, 4000 to evaluate'),
+    'out': (str, None, 'file to write: out/evaluation.json, out/curves.png'),
+    'data': (str, None, 'as in training; by default what the checkpoint says'),
+    'top_k': (int, 100, 'sample among so many tokens'),
+    'seed': (int, 1, 'of the sampling noise'),
+    'batch_size': (int, 64, 'prompts at a time'),
+    'test_steps': (int, 400, 'of the fresh discriminator, with --evaluate'),
+    'test_lr': (float, None, 'its learning rate, .064 / n_embd'),
+    'device': (str, 'cuda' if torch.cuda.is_available() else 'cpu', 'cuda, cuda:1, mps or cpu')}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -523,22 +524,11 @@ def main(argv=None):
     what.add_argument('--evaluate', nargs='+', metavar='CKPT', help='to judge on held-out prompts')
     what.add_argument('--table', nargs='+', metavar='FILE', help='Markdown of evaluations or runs')
     what.add_argument('--plot', nargs='+', metavar='RUN', help='to draw the curves of')
-    parser.add_argument('--question', help='with --ckpt, or one more with --compare')
-    parser.add_argument('--context', help='the passage that the answer to --question is in')
-    parser.add_argument('--markdown', action='store_true', help='with --compare: as a table')
-    parser.add_argument('--samples', type=int, default=1, help='with --ckpt: answers (default 1)')
-    parser.add_argument('--prompts', type=int, help='dev prompts (10 to compare, 4000 to evaluate)')
-    parser.add_argument('--out', help='file to write (out/evaluation.json, out/curves.png)')
-    parser.add_argument('--data', help='as in training; by default what the checkpoint says')
     parser.add_argument('--temperature', type=float, nargs='+', default=[.8],
-                        help='0 for greedy; several with --evaluate (default .8)')
-    parser.add_argument('--top_k', type=int, default=100, help='default 100')
-    parser.add_argument('--seed', type=int, default=1, help='of the sampling noise (default 1)')
-    parser.add_argument('--batch_size', type=int, default=64, help='default 64')
-    parser.add_argument('--test_steps', type=int, default=400,
-                        help='of the fresh discriminator with --evaluate (default 400)')
-    parser.add_argument('--test_lr', type=float, help='its learning rate (default .064 / n_embd)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+                        help='0 for greedy; several with --evaluate (default: .8)')
+    for name, (kind, default, note) in FLAGS.items():
+        parser.add_argument(f'--{name}', type=kind, default=default,
+                            help=note if default is None else f'{note} (default: {default})')
     args = parser.parse_args(argv)
     args.prompts = (4000 if args.evaluate else 10) if args.prompts is None else args.prompts
     if args.ckpt and not args.question:
@@ -549,9 +539,10 @@ def main(argv=None):
     for name, values in ('temperature', args.temperature), ('test_lr', [args.test_lr or 0]):
         if min(values) < 0:
             parser.error(f'--{name} {min(values)}: give at least 0')
+    chosen = next(f for f in (compare, evaluate, table, plot, ask)
+                  if f is ask or getattr(args, f.__name__))
     try:
-        (ask if args.ckpt else compare if args.compare else evaluate if args.evaluate else
-         table if args.table else plot)(args)
+        chosen(args)
     except (ValueError, FileNotFoundError) as e:
         sys.exit(str(e))
 
