@@ -169,7 +169,6 @@ class GPT(nn.Module):
         P, R     columns of the prompt, and of an answer
         cache    keys and values of each layer, two of (B, H, P + K*R, D), written in place
         t        (1,) with it, x (B, K, C) is token number t of each of the K answers instead
-        returns  (B, T, C)
         """
         columns = torch.arange(x.size(1), device=x.device)                   # where x stands
         keys = columns
@@ -192,8 +191,7 @@ class GPT(nn.Module):
         return linear_in_float32(x, self.wte.weight)
 
     def forward(self, tokens, pad=None):
-        """Logits (B, T, V) of ids or one-hots, for a look at them: training asks for
-        `response_logprobs`, which holds fewer."""
+        """Logits (B, T, V) of ids or one-hots; training asks for `response_logprobs`."""
         if pad is None:
             pad = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         return self.head(self.hidden(self.embed(tokens), pad, tokens.size(1), 1))
@@ -282,9 +280,8 @@ class GPT(nn.Module):
         length run together, without their padding."""
         x, row = [], 0
         for skip, n in zip(*(z.tolist() for z in pad.unique_consecutive(return_counts=True))):
-            part, views = slice(row, row + n), []
-            for keys, values in cache:
-                views.append((keys[part, :, skip:], values[part, :, skip:]))
+            part = slice(row, row + n)
+            views = [(keys[part, :, skip:], values[part, :, skip:]) for keys, values in cache]
             x.append(self.hidden(self.embed(prompt[part, skip:]), pad[part] - skip,
                                  prompt.size(1) - skip, R, views)[:, -1:])
             row += n
@@ -295,8 +292,7 @@ class GPT(nn.Module):
         return self.hidden(self.embed(token), pad, P, R, cache, t)
 
     def cache(self, rows, columns):
-        """Keys and values of each layer, two of (rows, H, columns, D), zeros at first, kept for the
-        next call."""
+        """Keys and values of each layer, (rows, H, columns, D), kept for the next call."""
         c, weight = self.config, self.wte.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
@@ -363,12 +359,8 @@ class GPT(nn.Module):
 
 
 def linear_in_float32(x, weight, bias=None):
-    """
-    F.linear outside of autocast, in float32; in float64, which tests use, where it comes so.
-
-    GPT-2's logits are around -100, where bfloat16 has steps of 0.5: a log-probability rounded so
-    is off by a tenth of a nat, and two passes over the same tokens disagree.
-    """
+    """F.linear outside of autocast, in float32 (float64 in tests): GPT-2's logits are around -100,
+    where bfloat16 has steps of 0.5, and two passes over the same tokens would disagree."""
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(weight.dtype), weight, bias)
 
@@ -656,10 +648,9 @@ def autocast(cfg):
 
 class Log:
     """
-    Appends records, dicts, to out_dir/metrics.jsonl, below a header with the config; rank 0 does.
-    Prints the evaluations and every tenth of the others. Raises a FloatingPointError for a number
-    that is not finite. `size` bytes of the file are what a checkpoint to go on from knows of: the
-    rest is cut off.
+    Appends records, dicts, to out_dir/metrics.jsonl, below a header with the config, on rank 0, and
+    prints the evaluations and every tenth of the others. A number that is not finite is a
+    FloatingPointError. What a checkpoint to go on from does not know of, after `size` bytes, goes.
     """
 
     def __init__(self, out, cfg, size=0):
@@ -715,7 +706,8 @@ class Log:
 
 def save(path, generator, cfg, log, **more):
     """Rank 0's checkpoint, which GPT.from_pretrained reads; with the settings, how much of the log
-    it knows of, and what else is given."""
+    it knows of, and what else is given. A time to give back freed memory, too."""
+    keep_freed_memory(False)
     if ranks()[0]:
         return
     settings = {k: v for k, v in asdict(cfg).items() if k not in ('resume', 'overwrite')}

@@ -10,8 +10,7 @@ PPO: InstructGPT's objective with the discriminator's score in the reward model'
 $ python ppo.py --device cuda      GPT-2 124M on SQuAD 2.0
 $ python ppo.py --tiny             a toy, on a CPU, in minutes
 
-Left out on purpose: discounting (answers are short), a critic that shares the policy's trunk,
-a replay of old rollouts.
+Left out on purpose: discounting (answers are short), a critic that shares the policy's trunk.
 """
 
 import argparse
@@ -31,8 +30,8 @@ from tqdm import tqdm
 import data
 import sample
 from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast,
-                   catch_signals, gathered, hold_last, keep_freed_memory, linear_in_float32,
-                   load_checkpoint, open_device, open_folder, ranks, save, schedule, shard, update)
+                   catch_signals, gathered, hold_last, linear_in_float32, load_checkpoint,
+                   open_device, open_folder, ranks, save, schedule, shard, update)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -172,8 +171,7 @@ def discriminator_loss(real, fake, kind):
     """
     What the discriminator minimises, elementwise, in nats.
 
-    real, fake  scores of the gold and of a sampled answer to one prompt, logits, of shapes that
-                broadcast
+    real, fake  scores, logits, of a gold and of a sampled answer to one prompt; they broadcast
     kind        pair: -log sigmoid(real - fake), Jolicoeur-Martineau 2019;
                 minimax: -log D(real) - log(1 - D(fake)), D = sigmoid(score), Goodfellow 2014
     """
@@ -201,7 +199,6 @@ def gae(rewards, values, mask, lam):
     delta_t = r_t + V_(t+1) - V_t and V is 0 once the answer is over (Schulman et al. 2016).
 
     rewards, values, mask  (B, K, R), with V(x, y_<t) of the critic
-    lam      in [0, 1]; at 1, A_t is the return-to-go minus V_t
     returns  advantages, and returns = A + V, the critic's target; (B, K, R), 0 outside the mask
     """
     following = F.pad(values * mask, (0, 1))[..., 1:]                        # V_(t+1)
@@ -223,8 +220,7 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     -sum_t min(w A, clip(w, 1 - eps, 1 + eps) A), w = pi / pi_old (Schulman et al. 2017, eq. 7).
 
     logprobs      (B, K, R) log-probabilities of the sampled tokens, nats, with gradient
-    old_logprobs  (B, K, R) the same before the rollout's first update, no gradient
-    advantages    (B, K, R) no gradient; mask (B, K, R) True up to and including eos
+    old_logprobs  (B, K, R) before the rollout's first update; as advantages, without gradient
     returns       a sum: divide it by the tokens of the whole minibatch
     """
     ratio = (logprobs - old_logprobs).exp()
@@ -277,8 +273,7 @@ def reward(discriminator, batch, roll, cfg):
               'none': torch.zeros_like(scores)}[cfg.reward]
     values = torch.where(roll.ended[..., None], values, NO_EOS_REWARD)
     last = roll.mask & ~F.pad(roll.mask[..., 1:], (0, 1))
-    mean = all_sum(scores[..., -1].mean()).item() / ranks()[1]
-    return values * last, mean
+    return values * last, all_sum(scores[..., -1].mean()).item() / ranks()[1]
 
 
 # -----------------------------------------------------------------------------
@@ -337,8 +332,7 @@ class Critic(Discriminator):
     """V(x, y_<t), the return to expect before token t, by a network like the discriminator."""
 
     def forward(self, prompt, pad, response):
-        """Values (B, K, R) of K answers, (B, K, R) ids, to each prompt (B, P), one for each token;
-        each sees what stands to the left of its token."""
+        """Values (B, K, R) of answers (B, K, R); each sees what stands left of its token."""
         x = self.trunk.response_hidden(prompt, pad, response)
         return linear_in_float32(x, self.score.weight, self.score.bias)[..., 0]
 
@@ -363,10 +357,10 @@ def ppo_update(generator, critic, optimizers, batch, roll, past, passages, lrs, 
 
     past      log-probs, values, advantages and returns of the rollout, each (B, K, R)
     passages  a Batch for the pretraining term; None for none
-    returns   dict: g_loss, v_loss, approx_kl, clip_fraction, mle, pretrain, g_norm
+    returns   dict: g_loss, v_loss, approx_kl, mle, pretrain, g_norm
     """
     n_tokens = all_sum(roll.mask.sum())
-    sums = torch.zeros(4, device=roll.mask.device)
+    sums = torch.zeros(3, device=roll.mask.device)
     for part, r, *old in data.parts(cfg.micro_batch, batch, roll, *past):
         old_logprobs, old_values, advantages, returns = old
         answers = part.prompt, part.pad, r.response
@@ -381,10 +375,8 @@ def ppo_update(generator, critic, optimizers, batch, roll, past, passages, lrs, 
         v_loss.backward()
         log_ratio = (logprobs.detach() - old_logprobs) * r.mask
         approx_kl = (log_ratio.expm1() - log_ratio).sum() / n_tokens         # k3, Schulman 2020
-        clipped = (log_ratio.expm1().abs() > cfg.clip).sum() / n_tokens
-        sums += torch.stack((g_loss.detach(), v_loss.detach(), approx_kl, clipped))
-    names = 'g_loss', 'v_loss', 'approx_kl', 'clip_fraction'
-    figures = dict(zip(names, all_sum(sums).tolist()))
+        sums += torch.stack((g_loss.detach(), v_loss.detach(), approx_kl))
+    figures = dict(zip(('g_loss', 'v_loss', 'approx_kl'), all_sum(sums).tolist()))
     if cfg.anchor:
         figures['mle'] = mle_gradient(generator, batch, cfg.anchor, cfg)
     if passages is not None:
@@ -401,8 +393,7 @@ def ppo_step(generator, reference, critic, optimizers, batch, roll, rewards, pas
 
     rewards   (B, K, R) of the discriminator; the KL penalty is taken off here
     passages  (N, T) ids; each update takes its own by the count in running; None for none
-    returns   dict: the means of ppo_update's figures, kl and entropy (nats per token),
-              explained_variance of the returns by the old values, updates
+    returns   dict: the means of ppo_update's figures, kl and entropy (nats per token), updates
     """
     logprobs, ref_logprobs, values, entropy = look_back(generator, reference, critic, batch, roll,
                                                         cfg)
@@ -413,8 +404,6 @@ def ppo_step(generator, reference, critic, optimizers, batch, roll, rewards, pas
     # (Schulman 2020), explodes where pi is much smaller than the reference
     kl, entropy = (all_sum((z * mask).sum()).item() / all_sum(mask.sum()).item()
                    for z in (log_ratio, entropy))
-    old, new, seen = gathered(values, returns, mask)
-    unexplained = (new - old)[seen].var(correction=0) / new[seen].var(correction=0).clamp(min=1e-8)
     minibatches = [rows for _ in range(cfg.epochs)
                    for rows in torch.randperm(len(mask)).split(cfg.minibatch // ranks()[1])]
     figures = []
@@ -429,8 +418,7 @@ def ppo_step(generator, reference, critic, optimizers, batch, roll, rewards, pas
         if figures[-1]['approx_kl'] > APPROX_KL:
             break
     record = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
-    return record | {'kl': kl, 'entropy': entropy, 'explained_variance': 1 - unexplained.item(),
-                     'updates': len(figures)}
+    return record | {'kl': kl, 'entropy': entropy, 'updates': len(figures)}
 
 
 def load_generator(cfg, enc):
@@ -500,8 +488,7 @@ def train(cfg, caught=()):
     critic_optimizer = adamw(critic)
     kept = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer,
                 critic=critic, critic_optimizer=critic_optimizer)
-    # d_acc starts at chance
-    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'updates': 0}
+    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'updates': 0}          # d_acc: chance
     # resume
     if 'running' in saved:
         generator.load_state_dict(saved['model'])
@@ -523,8 +510,6 @@ def train(cfg, caught=()):
             figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
             log({'iter': it, 'dev': figures})
             sample.draw({'this run': [sample.read_run(out)]}, out / 'curves.png')
-        if due:
-            keep_freed_memory(False)
         if stop:
             return None
         if it == cfg.iters:
@@ -589,8 +574,7 @@ def main(argv=None):
         sys.exit(str(e))
     except torch.OutOfMemoryError:
         peak = torch.cuda.max_memory_allocated() / 2 ** 30
-        sys.exit(f'CUDA is out of memory, {peak:.1f} GiB were reached: lower --micro_batch, then '
-                 '--batch_size, --max_prompt or --sft_batch_size')
+        sys.exit(f'CUDA is out of memory at {peak:.1f} GiB: lower --micro_batch, then --batch_size')
     if caught:
         sys.exit(128 + caught[0])
 

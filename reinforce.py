@@ -31,8 +31,8 @@ from tqdm import tqdm
 import data
 import sample
 from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast,
-                   catch_signals, gathered, hold_last, keep_freed_memory, load_checkpoint,
-                   open_device, open_folder, ranks, save, schedule, shard, update)
+                   catch_signals, gathered, hold_last, load_checkpoint, open_device, open_folder,
+                   ranks, save, schedule, shard, update)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -164,8 +164,7 @@ def discriminator_loss(real, fake, kind):
     """
     What the discriminator minimises, elementwise, in nats.
 
-    real, fake  scores of the gold and of a sampled answer to one prompt, logits, of shapes that
-                broadcast
+    real, fake  scores, logits, of a gold and of a sampled answer to one prompt; they broadcast
     kind        pair: -log sigmoid(real - fake), Jolicoeur-Martineau 2019;
                 minimax: -log D(real) - log(1 - D(fake)), D = sigmoid(score), Goodfellow 2014
     """
@@ -193,7 +192,6 @@ def advantages(rewards, baseline, running_mean):
 
     rewards   (B, K, R), 0 outside the mask
     baseline  loo: mean return of the prompt's other samples, Kool et al. 2019; mean: running_mean
-    returns   (B, K, R)
     """
     returns = rewards.flip(-1).cumsum(-1).flip(-1)                           # (B, K, R)
     if baseline == 'mean':
@@ -250,8 +248,7 @@ def reward(discriminator, batch, roll, cfg):
               'none': torch.zeros_like(scores)}[cfg.reward]
     values = torch.where(roll.ended[..., None], values, NO_EOS_REWARD)
     last = roll.mask & ~F.pad(roll.mask[..., 1:], (0, 1))
-    mean = all_sum(scores[..., -1].mean()).item() / ranks()[1]
-    return values * last, mean
+    return values * last, all_sum(scores[..., -1].mean()).item() / ranks()[1]
 
 
 # -----------------------------------------------------------------------------
@@ -417,8 +414,7 @@ def train(cfg, caught=()):
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     kept = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
-    # d_acc starts at chance
-    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'baseline': 0.0}
+    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'baseline': 0.0}        # d_acc: chance
     # resume
     if 'running' in saved:
         generator.load_state_dict(saved['model'])
@@ -440,8 +436,6 @@ def train(cfg, caught=()):
             figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
             log({'iter': it, 'dev': figures})
             sample.draw({'this run': [sample.read_run(out)]}, out / 'curves.png')
-        if due:
-            keep_freed_memory(False)
         if stop:
             return None
         if it == cfg.iters:
@@ -503,8 +497,7 @@ def main(argv=None):
         sys.exit(str(e))
     except torch.OutOfMemoryError:
         peak = torch.cuda.max_memory_allocated() / 2 ** 30
-        sys.exit(f'CUDA is out of memory, {peak:.1f} GiB were reached: lower --micro_batch, then '
-                 '--batch_size, --max_prompt or --sft_batch_size')
+        sys.exit(f'CUDA is out of memory at {peak:.1f} GiB: lower --micro_batch, then --batch_size')
     if caught:
         sys.exit(128 + caught[0])
 

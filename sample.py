@@ -33,9 +33,9 @@ DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32)
 # checkpoints, runs and their names
 
 
-def settings_of(sources, args):
-    """How the first .pt file of these was trained, as far as sampling needs it, DEFAULTS if there
-    is none; --data wins."""
+def task_of(sources, args, examples=None):
+    """The tokenizer, a Split of --prompts dev examples, or of those given, and the settings, as the
+    first .pt file among sources was trained; DEFAULTS if there is none, and --data wins."""
     settings = dict(DEFAULTS)
     trained = next((source for source in sources if Path(source).suffix == '.pt'), None)
     if trained:
@@ -43,7 +43,14 @@ def settings_of(sources, args):
         if 'settings' not in saved:
             raise ValueError(f'{trained} holds no settings: give a ckpt.pt or sft.pt of ours')
         settings = {name: saved['settings'][name] for name in DEFAULTS}
-    return settings | ({'data': args.data} if args.data else {})
+    settings['data'] = args.data or settings['data']
+    enc = data.load_tokenizer(settings['data'])
+    if examples is None:
+        examples = data.load_examples(settings['data'], 'dev', args.prompts)
+    else:
+        settings['context'] = args.context is not None
+    return enc, data.Split(examples, enc, settings['max_prompt'], settings['max_response'],
+                           settings['context']), settings
 
 
 def load(source, enc, device):
@@ -58,6 +65,11 @@ def load(source, enc, device):
 def names(arguments):
     """(name, file) pairs of NAME=FILE arguments; a bare FILE's name is its own."""
     return [tuple(a.split('=', 1)) if '=' in a else (a, a) for a in arguments]
+
+
+def run_name(name, path):
+    """A run's name; one that was given none has its file's, less a seed."""
+    return re.sub(r'-\d+$', '', Path(path).stem) if name == path else name
 
 
 def read_run(path):
@@ -92,46 +104,27 @@ def answer(generator, split, rows, temperature, args):
 
 def ask(args):
     """Answers args.question with args.ckpt."""
-    settings = settings_of([args.ckpt], args)
-    enc = data.load_tokenizer(settings['data'])
-    example = {'id': '', 'question': args.question, 'context': args.context or '', 'answers': []}
-    split = data.Split([example] * args.samples, enc, settings['max_prompt'],
-                       settings['max_response'], args.context is not None)
+    example = {'question': args.question, 'context': args.context or '', 'answers': []}
+    enc, split, _ = task_of([args.ckpt], args, [example] * args.samples)
     ids = answer(load(args.ckpt, enc, args.device), split, range(args.samples),
                  args.temperature[0], args)
-    for text in data.to_text(*ids, enc):
-        print(text)
+    print('\n'.join(data.to_text(*ids, enc)))
 
 
 def compare(args):
-    """Prints the answers of all checkpoints to the same dev prompts, and to a question if given."""
+    """Prints the answers of all checkpoints to the same dev prompts."""
     named = names(args.compare)
-    settings = settings_of([source for _, source in named], args)
-    enc = data.load_tokenizer(settings['data'])
-    examples = data.load_examples(settings['data'], 'dev', args.prompts)
-    if args.question:
-        examples = [{'question': args.question, 'context': args.context or '', 'answers': None,
-                     'start': -1}] + examples
-    split = data.Split(examples, enc, settings['max_prompt'], settings['max_response'],
-                       settings['context'])
-    columns = {'question': [e['question'] for e in examples],
-               'gold': ['' if e['answers'] is None else ' | '.join(dict.fromkeys(e['answers']))
-                        or data.UNANSWERABLE for e in examples]}
+    enc, split, _ = task_of([source for _, source in named], args)
+    columns = {'question': [e['question'] for e in split.examples],
+               'gold': [' | '.join(dict.fromkeys(e['answers'])) or data.UNANSWERABLE
+                        for e in split.examples]}
     for name, source in named:
-        ids = answer(load(source, enc, args.device), split, range(len(examples)),
+        ids = answer(load(source, enc, args.device), split, range(len(split)),
                      args.temperature[0], args)
         columns[name] = data.to_text(*ids, enc)
     width = max(map(len, columns))
     for row in zip(*columns.values()):
         print('\n'.join(f'{name:{width}}  {text}' for name, text in zip(columns, row)) + '\n')
-
-
-def markdown(header, rows):
-    """A table; bars in the cells are escaped, and line ends become spaces."""
-    def line(cells):
-        return '| ' + ' | '.join(' '.join(c.split()).replace('|', '\\|') for c in cells) + ' |'
-
-    return '\n'.join([line(header), '|' + '---|' * len(header), *map(line, rows)])
 
 
 # -----------------------------------------------------------------------------
@@ -143,10 +136,10 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     """
     Figures of a generator on the first eval_prompts of a split, and its sampled answers.
 
-    Greedy answers give em and f1 in percent (has_ and no_: of answerable and unanswerable
-    questions). One sample of each prompt at temperature .8 and top-k 100, the poster's, gives the
-    rest: sample_f1; reward, the mean score in logits; d_acc, the share of pairs that the
-    discriminator gets right, a tie counting half; length in tokens with eos; distinct2.
+    em and f1 are of greedy answers, in percent (has_ and no_: of answerable and unanswerable
+    questions); sample_f1, reward (mean score in logits), d_acc (share of pairs told apart, a tie
+    counting half), length (tokens with eos) and distinct2 of one sample of each prompt, at the
+    poster's temperature .8 and top-k 100.
     """
     rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
     examples, greedy, sampled, kept = split.examples[:cfg.eval_prompts], [], [], []
@@ -162,7 +155,8 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
             pair = torch.cat((batch.response[:, None], response), 1)         # (n, 2, R)
             scores = hold_last(discriminator(batch.prompt, batch.pad, pair),
                                torch.cat((batch.mask[:, None], mask), 1))[..., -1]
-            tie = (pair[:, 0] == pair[:, 1]).all(-1)     # scores of equal answers differ by rounding
+        # by the tokens: in one row, scores of equal answers differ by rounding
+        tie = (pair[:, 0] == pair[:, 1]).all(-1)
         right = torch.where(tie, .5, (scores[:, 0] > scores[:, 1]).float())
         kept.append((response[:, 0], mask[:, 0], scores[:, 1], right))
     response, mask, fake, right = (torch.cat(z) for z in zip(*kept))
@@ -200,8 +194,6 @@ def finish(networks, discriminator, split, enc, out, cfg):
 
 def interval(right, n):
     """95% interval of a share of `right` (halves allowed) in n trials (Wilson 1927)."""
-    if not n:
-        return 0.0, 1.0
     z, p = 1.96, right / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
@@ -238,10 +230,8 @@ def fresh_discriminator(trunk, split, fake, fake_mask, args):
                 'length_accuracy': .5, 'eos_accuracy': .5}
     torch.manual_seed(args.seed)
     network = Discriminator(trunk, dropout=.1).to(args.device)
-    width = trunk.config.n_embd
-    optimizer = torch.optim.AdamW(network.parameters(), args.test_lr or .064 / width,
-                                  weight_decay=.01)
-    steps = args.test_steps
+    lr, steps = args.test_lr or .064 / trunk.config.n_embd, args.test_steps
+    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=.01)
 
     def margins(rows):
         """Score of the gold answer over the sampled one's at every column, (n, R); `where`."""
@@ -258,7 +248,7 @@ def fresh_discriminator(trunk, split, fake, fake_mask, args):
         loss = ((F.softplus(-margin) * where).sum(1) / where.sum(1)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.param_groups[0]['lr'] = (args.test_lr or .064 / width) * (1 - step / steps)
+        optimizer.param_groups[0]['lr'] = lr * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
     network.eval()
@@ -317,22 +307,14 @@ def judge(generator, base, split, enc, temperature, args):
     figures['sample_f1'] = data.score_answers(data.to_text(response, mask, enc),
                                               split.examples)['f1']
     figures['fresh'] = fresh_discriminator(base, split, response, mask, args)
-    figures['distinct1'], figures['distinct2'] = (data.distinct(response, mask, n) for n in (1, 2))
-    figures['longest_run'] = data.longest_run(response, mask).max().item()
-    lengths = [np.bincount(n, minlength=response.size(1) + 1) / len(split)
-               for n in (mask.sum(1).cpu().numpy(), split.lengths)]
-    figures['lengths'], figures['gold_lengths'] = (z.round(5).tolist() for z in lengths)
+    figures['distinct2'] = data.distinct(response, mask, 2)
     figures['length'] = mask.sum(1).float().mean().item()
-    figures['length_distance'] = float(np.abs(lengths[0] - lengths[1]).sum() / 2)
+    shares = [np.bincount(n, minlength=response.size(1) + 1) / len(split)
+              for n in (mask.sum(1).cpu().numpy(), split.lengths)]
+    figures['length_distance'] = float(np.abs(shares[0] - shares[1]).sum() / 2)
     figures['kl'], nll = drift(generator, base, split, args)
     figures['perplexity'] = math.exp(nll)
     return figures
-
-
-def of_all(f):
-    """Share of all pairs that the fresh discriminator gets right, an equal one counting half."""
-    ties = f['fresh']['ties'] / f['prompts']
-    return .5 * ties + f['fresh']['accuracy'] * (1 - ties)
 
 
 COLUMNS = {  # header: format, value of the figures
@@ -340,7 +322,8 @@ COLUMNS = {  # header: format, value of the figures
     'F1 sampled': ('.1f', lambda f: f['sample_f1']),
     'told apart %': ('.1f', lambda f: 100 * f['fresh']['accuracy']
                      if f['fresh']['pairs'] >= 100 else math.nan),       # noise, of fewer
-    'of all %': ('.1f', lambda f: 100 * of_all(f)),
+    'of all %': ('.1f', lambda f: 100 * f['fresh']['accuracy'] + 100 * f['fresh']['ties']
+                 / f['prompts'] * (.5 - f['fresh']['accuracy'])),            # a tie counts half
     'ties %': ('.1f', lambda f: 100 * f['fresh']['ties'] / f['prompts']),
     'distinct-2': ('.3f', lambda f: f['distinct2']),
     'length dist.': ('.3f', lambda f: f['length_distance']),
@@ -350,30 +333,25 @@ COLUMNS = {  # header: format, value of the figures
 def evaluate(args):
     """Judges each checkpoint on held-out prompts: a table, and args.out with every figure."""
     named = names(args.evaluate)
-    settings = settings_of([source for _, source in named], args)
-    enc = data.load_tokenizer(settings['data'])
-    examples = data.load_examples(settings['data'], 'dev', args.prompts)
-    split = data.Split(examples, enc, settings['max_prompt'], settings['max_response'],
-                       settings['context'])
+    enc, split, settings = task_of([source for _, source in named], args)
     base = load(named[0][1], enc, args.device)
     gold = split.batch(range(len(split)))
     print(f'{len(split)} prompts of {settings["data"]}; gold answers: distinct-2 '
           f'{data.distinct(gold.response, gold.mask, 2):.3f}, length {split.lengths.mean():.2f}; '
           'KL in nats per token from the first, at temperature 1')
-    results = {}
+    results = defaultdict(list)
     for name, source in named:
         generator = load(source, enc, args.device)
         for temperature in args.temperature:
             f = judge(generator, base, split, enc, temperature, args)
             f |= {'prompts': len(split), 'temperature': temperature, 'source': source}
             label = name if len(args.temperature) == 1 else f'{name}, T {temperature}'
-            results[label] = f
-            t = f['fresh']
+            results[label].append(f)
             print(f'\n{label}: ' + ', '.join(f'{k} {v(f):{spec}}' for k, (spec, v)
                                              in COLUMNS.items()))
-            print(f'  told apart {t["accuracy"]:.1%} [{t["low"]:.1%}, {t["high"]:.1%}] of '
-                  f'{t["pairs"]} pairs, {t["ties"]} ties left out; by length '
-                  f'{t["length_accuracy"]:.1%}, by eos {t["eos_accuracy"]:.1%}')
+            print('  told apart {accuracy:.1%} [{low:.1%}, {high:.1%}] of {pairs} pairs, {ties} '
+                  'ties left out; by length {length_accuracy:.1%}, by eos {eos_accuracy:.1%}'
+                  .format(**f['fresh']))
     out = Path(args.out or 'out/evaluation.json')
     out.parent.mkdir(parents=True, exist_ok=True)
     setup = {'torch': torch.__version__, 'device': args.device, 'settings': settings,
@@ -382,43 +360,46 @@ def evaluate(args):
     print(f'\nwrote {out}')
 
 
-def table(args):
-    """Markdown of what --evaluate wrote or of runs: mean and standard deviation (over n - 1) of
-    what has one name; a dash for what one of them lacks."""
-    rows = defaultdict(lambda: defaultdict(list))
-    formats, links = {}, defaultdict(list)
-    for name, path in names(args.table):
-        if Path(path).suffix == '.json':
-            try:
-                found = json.loads(Path(path).read_text(encoding='utf-8'))['results']
-            except FileNotFoundError:
-                raise FileNotFoundError(f'{path} not found: --evaluate writes it') from None
-            except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f'{path} holds no results: give what --evaluate wrote') from e
-            found = {label: {k: (spec, value(f)) for k, (spec, value) in COLUMNS.items()}
-                     for label, f in found.items()}
-        else:
-            found = {re.sub(r'-\d+$', '', Path(name).stem) if name == path else name:
-                     last_figures(read_run(path))}
-        for label, figures in found.items():
-            links[label].append(path)
-            for column, (spec, value) in figures.items():
-                formats[column] = spec
-                rows[label][column].append(value)
+def read_results(path):
+    """What --evaluate wrote: figures of each seed by name."""
+    try:
+        results = json.loads(Path(path).read_text(encoding='utf-8'))['results']
+        return {name: list(seeds) for name, seeds in results.items()}
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path} not found: --evaluate writes it') from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f'{path} holds no results: give what --evaluate wrote') from e
 
-    def cell(values, spec):
-        if isinstance(values[0], str):
+
+def table(args):
+    """Markdown of evaluations or of runs: mean and standard deviation (over n - 1) of what has one
+    name, a dash for what one of them lacks. With --out, the evaluations in one file."""
+    rows, judged = defaultdict(list), defaultdict(list)      # of each seed, by name
+    for name, path in names(args.table):
+        if Path(path).suffix != '.json':
+            rows[run_name(name, path)].append(last_figures(read_run(path)))
+            continue
+        for label, seeds in read_results(path).items():
+            judged[label] += seeds
+            rows[label] += [{column: (spec, value(f)) for column, (spec, value) in COLUMNS.items()}
+                            for f in seeds]
+    if args.out:
+        Path(args.out).write_text(json.dumps({'results': judged}, indent=1) + '\n')
+
+    def cell(found):
+        (spec, first), values = found[0], [value for _, value in found]
+        if isinstance(first, str):
             return ', '.join(dict.fromkeys(v for v in values if v)) or '–'
         if any(map(math.isnan, values)):
             return '–'
         spread = f' ± {np.std(values, ddof=1):{spec}}' if len(values) > 1 else ''
         return f'{np.mean(values):{spec}}{spread}'
 
-    columns = list(formats)
-    print(markdown(['', *columns, 'metrics'], (
-        [label, *(cell(row[c], formats[c]) if row[c] else '–' for c in columns),
-         ' '.join(f'[{i}]({path})' for i, path in enumerate(links[label], 1))]
-        for label, row in rows.items())))
+    columns = list(dict.fromkeys(c for seeds in rows.values() for row in seeds for c in row))
+    print('| ' + ' | '.join(['', *columns]) + ' |\n|' + '---|' * (1 + len(columns)))
+    for label, seeds in rows.items():
+        cells = [cell([row.get(c, ('', math.nan)) for row in seeds]) for c in columns]
+        print('| ' + ' | '.join([label, *cells]) + ' |')
 
 
 def last_figures(records):
@@ -468,7 +449,8 @@ def draw(groups, out):
             curves = [smooth([(r['iter'], value(r)) for r in records
                               if 'iter' in r and value(r) is not None]) for records in runs]
             at = sorted(set().union(*curves))
-            values = [[c[i] for c in curves if i in c] for i in at]
+            values = [[np.interp(i, list(c), list(c.values())) for c in curves
+                       if c and min(c) <= i <= max(c)] for i in at]
             ax.plot(at, [np.mean(v) for v in values], color=colour, linewidth=1.8, label=name)
             ax.fill_between(at, [min(v) for v in values], [max(v) for v in values], color=colour,
                             alpha=.2, linewidth=0)
@@ -477,11 +459,9 @@ def draw(groups, out):
         ax.tick_params(colors=grey, labelsize=9)
         ax.spines[:].set_color(grey)
         ax.grid(color=grey, alpha=.25)
-    lines = 0
-    if len(groups) > 1:
-        lines = -(-len(groups) // 6)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='lower center', frameon=False,
-                      ncols=min(len(groups), 6), labelcolor=grey, fontsize=11)
+    lines = -(-len(groups) // 6)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='lower center', frameon=False,
+                  ncols=min(len(groups), 6), labelcolor=grey, fontsize=11)
     # by hand: a layout engine would render the figure once more
     figure.subplots_adjust(.035, .07 + .05 * lines, .99, .94, .17, .28)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -493,19 +473,16 @@ def plot(args):
     """One PNG of several runs; those of one name are its seeds."""
     groups = defaultdict(list)
     for name, path in names(args.plot):
-        groups[re.sub(r'-\d+$', '', Path(name).stem) if name == path else name].append(
-            read_run(path))
-    out = Path(args.out or 'out/curves.png')
-    draw(groups, out)
-    print(f'wrote {out}')
+        groups[run_name(name, path)].append(read_run(path))
+    draw(groups, Path(args.out or 'out/curves.png'))
 
 
 FLAGS = {  # type, default, help
-    'question': (str, None, 'with --ckpt, or one more with --compare'),
+    'question': (str, None, 'with --ckpt'),
     'context': (str, None, 'the passage that the answer to --question is in'),
     'samples': (int, 1, 'answers, with --ckpt'),
     'prompts': (int, None, 'dev prompts: 10 to compare, 4000 to evaluate'),
-    'out': (str, None, 'file to write: out/evaluation.json, out/curves.png'),
+    'out': (str, None, 'file to write (out/evaluation.json, out/curves.png)'),
     'data': (str, None, 'as in training; by default what the checkpoint says'),
     'top_k': (int, 100, 'sample among so many tokens'),
     'seed': (int, 1, 'of the sampling noise'),

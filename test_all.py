@@ -28,7 +28,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Optional, get_args
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / 'shared' / 'data'
@@ -180,28 +179,22 @@ def test_logits_equal_transformers_in_both_layouts():
     except ImportError as e:
         raise unittest.SkipTest('transformers is not installed') from e
     tokens = torch.randint(0, 50257, (2, 9))
-    for name, n_layer in ('gpt2', 12), ('distilgpt2', 6):
-        torch.manual_seed(0)
-        theirs = GPT2LMHeadModel(GPT2Config(n_layer=n_layer)).eval()
-        with torch.no_grad():
-            wanted = theirs(tokens).logits
-        path = folder(name)
-        theirs.save_pretrained(path)
-        sources = [path, path / 'model.safetensors']
-        # the layout of the first releases: no prefix, the causal mask among the weights
-        old = {k.removeprefix('transformer.'): v for k, v in theirs.state_dict().items()}
-        old |= {f'h.{i}.attn.bias': torch.ones(1, 1, 4, 4) for i in range(n_layer)}
-        (path / 'bin').mkdir()
-        torch.save(old, path / 'bin' / 'pytorch_model.bin')
-        for source in [*sources, path / 'bin', path / 'bin' / 'pytorch_model.bin']:
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=6)).eval()
+    path = folder('distilgpt2')
+    theirs.save_pretrained(path)
+    # the layout of the first releases: no prefix, the causal mask among the weights
+    old = {k.removeprefix('transformer.'): v for k, v in theirs.state_dict().items()}
+    old |= {f'h.{i}.attn.bias': torch.ones(1, 1, 4, 4) for i in range(6)}
+    (path / 'bin').mkdir()
+    torch.save(old, path / 'bin' / 'pytorch_model.bin')
+    with torch.no_grad():
+        wanted = theirs(tokens).logits
+        for source in path, path / 'model.safetensors', path / 'bin':
             ours = GPT.from_pretrained(str(source)).eval()
-            with torch.no_grad():
-                assert (ours(tokens) - wanted).abs().max() < 1e-4, source
+            assert (ours(tokens) - wanted).abs().max() < 1e-4, source
         ours.save_pretrained(path / 'back')
         again = GPT2LMHeadModel.from_pretrained(path / 'back').eval()
-        with torch.no_grad():
-            assert (again(tokens).logits - wanted).abs().max() < 1e-4
-        shutil.rmtree(path)
+        assert (again(tokens).logits - wanted).abs().max() < 1e-4
 
 
 def test_ids_and_onehots_embed_bit_for_bit():
@@ -313,27 +306,6 @@ def test_a_rollout_that_shrinks_equals_one_that_does_not():
         assert B == 1 or found[0].mask.sum(-1).min() < found[0].mask.sum(-1).max()
 
 
-def test_samples_follow_the_softmax():
-    gpt, n = tiny_gpt(vocab_size=5), 20000
-    prompt = torch.tensor([[1, 2, 3]])
-    roll = gpt.generate(prompt, torch.zeros(1, dtype=torch.long), 1, 4, n,
-                        rng=torch.Generator().manual_seed(0))
-    p = gpt(prompt)[0, -1].softmax(-1)
-    counts = torch.bincount(roll.response.flatten(), minlength=5)
-    chi2 = ((counts - n * p) ** 2 / (n * p)).sum().item()
-    assert chi2 < 18.47, chi2                        # 4 degrees of freedom, one in a thousand
-
-
-def test_generation_stops_when_all_rows_ended():
-    gpt, calls = tiny_gpt(), []
-    with torch.no_grad():
-        gpt.wte.weight[12] = 50 * gpt.ln_f.bias.copy_(torch.ones(8))     # eos always wins
-    decode, gpt.decode = gpt.decode, lambda *a: calls.append(1) or decode(*a)
-    response, mask, ended = gpt.generate(torch.ones(4, 3, dtype=torch.long),
-                                         torch.zeros(4, dtype=torch.long), 9, 12)
-    assert (response == 12).all() and mask.sum() == 4 and ended.all() and not calls
-
-
 def test_checkpoints_are_strict_and_execute_nothing():
     path = folder('files')
     gpt = tiny_gpt()
@@ -371,7 +343,6 @@ def test_checkpoints_are_strict_and_execute_nothing():
     for cut in 0, 1, 100, len(whole) // 2, len(whole) - 1:
         (path / 'cut.pt').write_bytes(whole[:cut])
         raises(ValueError, ['cut.pt'], load_checkpoint, path / 'cut.pt')
-    raises(FileNotFoundError, ['gone.pt'], load_checkpoint, path / 'gone.pt')
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint():
@@ -398,20 +369,6 @@ def test_a_save_that_fails_leaves_the_old_checkpoint():
 
 # -----------------------------------------------------------------------------
 # data
-
-
-def test_em_and_f1_on_hand_made_cases():
-    examples = [{'answers': ['the Old Bridge', 'bridge'], 'id': ''}, {'answers': [], 'id': ''}]
-    for answers, has, no in ((['Bridge!', 'unanswerable'], (100, 100), (100, 100)),
-                             (['an old bridge', ''], (100, 100), (100, 100)),
-                             (['new bridge', 'Rome'], (0, 200 / 3), (0, 0)),
-                             (['unanswerable', 'Unanswerable.'], (0, 0), (100, 100)),
-                             (['tower', 'the'], (0, 0), (100, 100))):
-        out = data.score_answers(answers, examples)
-        assert np.allclose((out['has_em'], out['has_f1']), has), (answers, out)
-        assert np.allclose((out['no_em'], out['no_f1']), no), (answers, out)
-        assert math.isclose(out['f1'], (out['has_f1'] + out['no_f1']) / 2)
-    assert math.isclose(data.f1('a b b c', 'b b d'), 2 * 2 / (3 + 3))    # `a` is an article
 
 
 def test_em_and_f1_equal_an_independent_computation():
@@ -487,9 +444,6 @@ def test_toy_set():
     assert abs(first[True] / first.total() - 1 / 3) < .05, first              # 1 to 1/2
     split = data.Split(varied, enc, cfg.max_prompt, cfg.max_response)
     assert not split.cut_prompts and not split.cut_responses
-    text = f'[CONTEXT] {dev[0]["context"]}\n[QUESTION] {dev[0]["question"]}\n[ANSWER] größer'
-    assert enc.decode(enc.encode_ordinary(text)) == text
-    assert len(enc.encode_ordinary(' ' + dev[0]['context'])) == len(dev[0]['context'].split())
 
 
 def test_prompts_are_cut_where_they_should_be():
@@ -550,17 +504,6 @@ def test_passages_are_packed():
     assert abs(reinforce.mle_gradient(gpt, batch, 1., cfg) - wanted) < 1e-5
 
 
-def test_parts_are_rows_of_tensors_and_of_tuples():
-    batch = data.Batch(*(torch.arange(5) + 10 * i for i in range(4)))
-    found = list(data.parts(2, batch, torch.arange(5)))
-    assert [len(z) for _, z in found] == [2, 2, 1] and found[1][0].mask.tolist() == [32, 33]
-    assert torch.equal(data.take(batch, torch.tensor([3, 0])).pad, torch.tensor([13, 10]))
-
-
-def squad_file(path, articles):
-    path.write_text(json.dumps({'version': 'v2.0', 'data': articles}))
-
-
 def test_squad_files_are_checked():
     path = folder('squad')
     qa = {'id': 'q7', 'question': 'Who?', 'is_impossible': False,
@@ -568,7 +511,7 @@ def test_squad_files_are_checked():
     no = {'id': 'q8', 'question': 'Why?', 'is_impossible': True, 'answers': []}
     file = path / data.FILES['dev']
     raises(FileNotFoundError, ['dev-v2.0.json', '--data'], data.load_examples, str(path), 'dev')
-    squad_file(file, [{'title': '', 'paragraphs': [{'context': 'Ada .', 'qas': [qa, no]}]}])
+    file.write_text(json.dumps({'data': [{'paragraphs': [{'context': 'Ada .', 'qas': [qa, no]}]}]}))
     assert data.load_examples(str(path), 'dev') == [
         {'id': 'q7', 'context': 'Ada .', 'question': 'Who?', 'answers': ['Ada'], 'start': 0},
         {'id': 'q8', 'context': 'Ada .', 'question': 'Why?', 'answers': [], 'start': -1}]
@@ -576,9 +519,10 @@ def test_squad_files_are_checked():
                           ({'answers': [{'text': 'Ada'}]}, ['q7', 'answer_start']),
                           ({'answers': []}, ['q7', 'is_impossible']),
                           ({'id': 7}, ['article 0', 'id'])):
-        squad_file(file, [{'paragraphs': [{'context': 'Ada .', 'qas': [{**qa, **change}]}]}])
+        paragraph = {'context': 'Ada .', 'qas': [{**qa, **change}]}
+        file.write_text(json.dumps({'data': [{'paragraphs': [paragraph]}]}))
         raises(ValueError, ['dev-v2.0.json', *words], data.load_examples, str(path), 'dev')
-    squad_file(file, [])
+    file.write_text('{"data": []}')
     raises(ValueError, ['no question'], data.load_examples, str(path), 'dev')
     file.write_text('{"data": [')
     raises(ValueError, ['not JSON'], data.load_examples, str(path), 'dev')
@@ -668,13 +612,6 @@ def test_reinforce_gradient_is_exact():
         A = reinforce.advantages(rewards[:, pair], 'loo', 0.)
         loss = loss + p[0, pair].prod() / 2 * reinforce.policy_loss(now[:, pair], A, mask[:, pair])
     assert (gradient(policy, -loss) - exact).abs().max() < 1e-9
-
-
-def test_leave_one_out_by_hand():
-    rewards = torch.zeros(1, 3, 2)
-    rewards[0, :, 1] = torch.tensor([6., 3., 0.])
-    assert reinforce.advantages(rewards, 'loo', 9.)[0, :, 0].tolist() == [4.5, 0., -4.5]
-    assert reinforce.advantages(rewards, 'mean', 2.)[0, :, 1].tolist() == [4., 1., -2.]
 
 
 @unclipped
@@ -793,7 +730,7 @@ def test_eos_is_trained_and_what_follows_it_is_not():
     assert gpt(torch.cat((prompt, torch.tensor([[3]])), 1))[0, -1].softmax(-1)[eos] > before
 
 
-def test_micro_batches_bound_every_pass_and_change_no_gradient():
+def test_micro_batches_bound_every_pass():
     """No pass that learns, or that the discriminator or the reference makes, has more prompts than
     --micro_batch, the anchor's and the warm start's included."""
     for script in SCRIPTS:
@@ -811,14 +748,6 @@ def test_micro_batches_bound_every_pass_and_change_no_gradient():
         learning = {key: n for key, n in rows.items() if key[0]}
         assert len(learning) >= 2 and max(learning.values()) == 3, rows
         assert max(rows.values()) <= 6, rows         # evaluations: 3 x 2 answers
-    gpt, found = tiny_gpt(), []
-    for n in 1, 4:
-        cfg, _, _, _, batch, _ = case(reinforce, '--micro_batch', str(n))
-        gpt.zero_grad()
-        loss = reinforce.mle_gradient(gpt, batch, .5, cfg)
-        found.append((loss, gpt.wte.weight.grad.clone()))
-    assert abs(found[0][0] - found[1][0]) < 1e-5
-    assert (found[0][1] - found[1][1]).abs().max() < 1e-6
 
 
 # -----------------------------------------------------------------------------
@@ -931,8 +860,7 @@ def test_ppo_update_takes_the_gradient_of_its_parts():
     assert (optimizers[1].kept - wanted_critic).abs().max() < 1e-5
     ratio = (logprobs - old).exp()[mask]
     told = {'g_loss': loss, 'v_loss': v_loss, 'approx_kl': (ratio - 1 - ratio.log()).mean(),
-            'clip_fraction': ((ratio - 1).abs() > .2).float().mean(), 'mle': mle,
-            'pretrain': extra, 'g_norm': wanted.norm()}
+            'mle': mle, 'pretrain': extra, 'g_norm': wanted.norm()}
     assert figures.keys() == told.keys()
     assert all(abs(figures[k] - v.item()) < 1e-4 for k, v in told.items()), (figures, told)
 
@@ -958,7 +886,6 @@ def test_ppo_step_takes_its_gradient_from_scores_to_both_networks():
         returns = (A + V)[mask]
         white = torch.zeros_like(A)
         white[mask] = (A[mask] - A[mask].mean()) / A[mask].std(correction=0)
-        explained = 1 - A[mask].var() / returns.var()
     drawn = torch.from_numpy(passages)[data.order(3, ppo.PASSAGES, (cfg.seed, 2), 1)]
     gold = plain_logprobs(policy, *batch[:2], batch.response[:, None])[0][:, 0]
     extra = -policy(drawn)[:, :-1].log_softmax(-1).gather(-1, drawn[:, 1:, None]).mean()
@@ -970,8 +897,7 @@ def test_ppo_step_takes_its_gradient_from_scores_to_both_networks():
                           running, (0., 0.), cfg)
     for optimizer, grad in zip(optimizers, wanted):
         assert (optimizer.kept - grad).abs().max() < 1e-5 and grad.abs().max() > 1e-3
-    for key, value in (('kl', log_ratio.mean()), ('explained_variance', explained), ('updates', 1)):
-        assert abs(record[key] - value) < 1e-4, (key, record[key], value)
+    assert abs(record['kl'] - log_ratio.mean()) < 1e-4 and record['updates'] == 1
     assert running == {'updates': 2}
 
 
@@ -1141,36 +1067,6 @@ def test_gumbel_steps_take_the_gradient_of_their_parts():
         assert abs(record['g_loss'] - g_loss) < 1e-5 and abs(record['kl'] - kl.mean()) < 1e-5
 
 
-@unclipped
-def test_a_gumbel_step_on_k_samples_is_that_on_as_many_prompts():
-    found = []
-    for K in 2, 1:
-        cfg, gpt, reference, discriminator, batch, roll = case(gumbel, '--beta', '.3')
-        if K == 1:
-            batch = data.Batch(*(z.repeat_interleave(2, 0) for z in batch))
-            roll = Rollout(*(z.flatten(0, 1)[:, None] for z in roll))
-        optimizer = Keep(gpt)
-        with patched(gumbel, 'conditional_noise', fixed_noise):
-            record = gumbel.gumbel_step(gpt, reference, discriminator, optimizer, batch, roll, 0.,
-                                        .7, None, cfg)
-        found.append((optimizer.kept, record))
-    (one, first), (two, second) = found
-    assert (one - two).abs().max() < 1e-5 and one.abs().max() > 1e-3
-    assert all(abs(first[k] - second[k]) < 1e-4 for k in first), found
-
-
-def test_relaxed_samples_follow_the_softmax():
-    """At a low temperature, where they are nearly one-hot, over tokens drawn from it."""
-    torch.manual_seed(0)
-    N, logits = 20000, torch.randn(1, 1, 7).expand(20000, 1, 7)
-    response = logits[:, 0].softmax(-1).multinomial(1)
-    z = gumbel.relax(logits, response, 1e-5, None)
-    assert torch.equal(z.argmax(-1), response) and z.max(-1).values.mean() > .999
-    expected = N * logits[0, 0].softmax(-1)
-    chi_square = ((z.sum((0, 1)) - expected).square() / expected).sum()
-    assert chi_square < 22.5, chi_square             # 6 degrees of freedom, p = .001
-
-
 def test_bias_and_variance_of_the_estimator():
     """
     Two tokens of a vocabulary of 5 from tables of logits, and a score that is not linear in them:
@@ -1178,42 +1074,39 @@ def test_bias_and_variance_of_the_estimator():
     """
     torch.manual_seed(0)
     N, V = 40000, 5
-    first, second = torch.randn(V).double(), torch.randn(V, V).double()
-    weights = torch.randn(V, V).double()
+    first, second, weights = (torch.randn(*shape).double() for shape in ((V,), (V, V), (V, V)))
 
     def score(z):                                    # (n, 2, V) to (n,)
         return 2 * torch.einsum('nu,nv,uv->n', z[:, 0], z[:, 1], weights).tanh()
 
-    pairs = torch.cartesian_prod(torch.arange(V), torch.arange(V))
-    tables = first.clone().requires_grad_(), second.clone().requires_grad_()
-    logp = tables[0].log_softmax(-1)[pairs[:, 0]] + tables[1].log_softmax(-1)[tuple(pairs.t())]
-    value = (logp.exp() * score(F.one_hot(pairs, V).double())).sum()
-    exact = torch.cat([g.flatten() for g in torch.autograd.grad(value, tables)])
+    def by_tables(grads, y1):                        # (n, 2, V) to (n, V + V * V)
+        table = torch.zeros(len(y1), V, V).double()
+        table[torch.arange(len(y1)), y1] = grads[:, 1]
+        return torch.cat((grads[:, 0], table.flatten(1)), 1)
+
+    every = torch.cartesian_prod(torch.arange(V), torch.arange(V))
     y1 = first.softmax(-1).multinomial(N, replacement=True)
-    y = torch.stack((y1, second[y1].softmax(-1).multinomial(1)[:, 0]), 1)    # (N, 2)
-
-    def figures(by_logits):                          # (N, 2, V) to bias and deviation
-        grads = torch.zeros(N, V + V * V).double()
-        grads[:, :V] = by_logits[:, 0]
-        grads[:, V:].view(N, V, V)[torch.arange(N), y1] = by_logits[:, 1]
-        spread = grads.var(0).sum().sqrt()
-        return [(z.norm() / exact.norm()).item() for z in (grads.mean(0) - exact, spread)]
-
-    found, logits = {}, torch.stack((first.expand(N, V), second[y1]), 1)
-    onehots = F.one_hot(y, V).double()
-    for tau in .1, .5, 1., 2., 10.:
-        leaf = logits.clone().requires_grad_()
-        z = gumbel.relax(leaf, y, tau, None)
-        found[tau] = figures(torch.autograd.grad(score(onehots + z - z.detach()).sum(), leaf)[0])
-    leaf = logits.clone().requires_grad_()
-    s, logp = score(onehots), leaf.log_softmax(-1).gather(-1, y[..., None])
-    found['REINFORCE'] = figures(torch.autograd.grad(((s - s.mean()) * logp.sum((1, 2))).sum(),
-                                                     leaf)[0])
-    for name, (bias, deviation) in found.items():
-        print(f'{name:>9}  bias {bias:.3f}  deviation {deviation:.2f}, of the exact norm')
+    drawn = torch.stack((y1, second[y1].softmax(-1).multinomial(1)[:, 0]), 1)
+    found = {}
+    for name, y in ('exact', every), ('REINFORCE', drawn), *((t, drawn) for t in (.1, .5, 1., 10.)):
+        leaf = torch.stack((first.expand(len(y), V), second[y[:, 0]]), 1).requires_grad_()
+        onehots = F.one_hot(y, V).double()
+        logp, s = leaf.log_softmax(-1).gather(-1, y[..., None]).sum((1, 2)), score(onehots)
+        if isinstance(name, float):
+            z = gumbel.relax(leaf, y, name, None)
+            value = score(onehots + z - z.detach()).sum()
+        else:
+            value = (logp.exp() * s if name == 'exact' else (s - s.mean()) * logp).sum()
+        grads = by_tables(torch.autograd.grad(value, leaf)[0], y[:, 0])
+        if name == 'exact':
+            exact = grads.sum(0)
+            continue
+        found[name] = [(z.norm() / exact.norm()).item() for z in
+                       (grads.mean(0) - exact, grads.var(0).sum().sqrt())]
+        print('{}: bias {:.3f}, deviation {:.2f}, of the exact norm'.format(name, *found[name]))
     assert found['REINFORCE'][0] < 5 * found['REINFORCE'][1] / math.sqrt(N)
     assert found[.1][1] > found[1.][1] > found[10.][1]                       # variance by 1 / tau
-    assert all(found[tau][0] > .05 for tau in (.1, .5, 1., 2., 10.))         # bias at any
+    assert all(found[tau][0] > .05 for tau in (.1, .5, 1., 10.))             # bias at any
 
 
 # -----------------------------------------------------------------------------
@@ -1260,10 +1153,6 @@ def test_a_fresh_discriminator_is_right():
     assert planted['low'] > .95 and planted['ties'] == 0, planted
     assert planted['eos_accuracy'] == 1 and abs(planted['length_accuracy'] - .5) < .06
 
-    real = split.batch(range(1200))
-    tied = sample.fresh_discriminator(trunk, split, real.response, real.mask, judging(1))
-    assert tied['ties'] == 1200 and tied['pairs'] == 0 and (tied['low'], tied['high']) == (0, 1)
-
 
 def test_no_prompt_is_on_both_sides():
     split = people(400)[0]
@@ -1271,12 +1160,11 @@ def test_no_prompt_is_on_both_sides():
     assert sorted([*learn, *judge]) == list(range(400)) and abs(len(learn) - len(judge)) < 4
     for what in (lambda i: split.examples[i]['context'], lambda i: tuple(split.prompts[i])):
         assert not {what(i) for i in learn} & {what(i) for i in judge}
-    raises(ValueError, ['one passage'], sample.halves, split.examples[:2])
 
 
 def test_intervals_and_cheats_by_hand():
     assert np.allclose(sample.interval(8, 10), (.490, .943), atol=1e-3)      # Wilson's, from tables
-    assert sample.interval(0, 0) == (0, 1) and sample.interval(5, 5)[1] > .999
+    assert sample.interval(5, 5)[1] > .999
     rng = np.random.default_rng(0)                   # a length of 1 is human 90%, machine 20%
     real, fake = 2 - (rng.random(20000) < .9), 2 - (rng.random(20000) < .2)
     rows = np.arange(20000)
@@ -1307,12 +1195,9 @@ def test_kl_and_perplexity_against_sums():
 
 def printed(*argv):
     """What sample.py prints for these flags, run in this process."""
-    kept, sys.stdout = sys.stdout, io.StringIO()
-    try:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
         sample.main(list(map(str, argv)))
-        return sys.stdout.getvalue()
-    finally:
-        sys.stdout = kept
+    return out.getvalue()
 
 
 def test_runs_are_judged_compared_tabled_and_drawn():
@@ -1323,43 +1208,37 @@ def test_runs_are_judged_compared_tabled_and_drawn():
                        '--test_steps', '2', '--out', run / 'judged.json')
         assert 'told apart' in text and 'sft: EM' in text and '40 prompts of toy' in text
         found = json.loads((run / 'judged.json').read_text())['results']
-        f = found['tuned']
-        assert found['sft']['kl'] == 0 < f['kl'] and abs(sum(f['lengths']) - 1) < 1e-3
-        wanted = sum(abs(a - b) for a, b in zip(f['lengths'], f['gold_lengths'])) / 2
-        assert math.isclose(f['length_distance'], wanted, abs_tol=1e-3)
+        f, = found['tuned']
+        assert found['sft'][0]['kl'] == 0 < f['kl'] and 0 < f['length_distance'] <= 1
         assert f['fresh']['pairs'] <= 20 and f['prompts'] == 40
-    text = printed('--evaluate', runs[0] / 'ckpt.pt', '--prompts', '9', '--test_steps', '1',
-                   '--temperature', '0.5', '1', '--out', folder('swept') / 'sweep.json')
-    assert 'T 0.5: EM' in text and 'T 1.0: EM' in text
-
     files = [run / 'judged.json' for run in runs]
     head, rule, *rows = printed('--table', *files).strip().splitlines()
     assert len(rows) == 2 and all(r.count('|') == head.count('|') == rule.count('|') for r in rows)
-    ems = [json.loads(f.read_text())['results']['tuned']['em'] for f in files]
+    ems = [json.loads(f.read_text())['results']['tuned'][0]['em'] for f in files]
     mean, spread = np.mean(ems), np.std(ems, ddof=1)
     assert rows[1].startswith(f'| tuned | {mean:.1f} ± {spread:.1f} |'), rows[1]
-    assert f'[1]({files[0]}) [2]({files[1]})' in rows[1]
     column = head.split(' | ').index('told apart %')
     assert rows[1].split(' | ')[column] == '–'                               # of 20 pairs at most
     for f in files:                                                          # as if of more
         found = json.loads(f.read_text())
-        for figures in found['results'].values():
+        for figures, in found['results'].values():
             figures['fresh'] |= {'pairs': 200, 'accuracy': .75}
         f.write_text(json.dumps(found))
-    row = printed('--table', *files).strip().splitlines()[-1]
+    one = runs[0] / 'one.json'
+    row = printed('--table', *files, '--out', one).strip().splitlines()[-1]
     assert row.split(' | ')[column] == '75.0 ± 0.0', row
+    assert printed('--table', one).strip().splitlines()[-1] == row
 
     with open(runs[1] / 'metrics.jsonl', 'a') as f:
         f.write(json.dumps({'iter': 3, 'collapsed': 'Oslo Oslo'}) + '\n')
     rows = printed('--table', *runs).strip().splitlines()[2:]
-    assert len(rows) == 1 and rows[0].startswith('| run | ') and '| 3 | `Oslo Oslo` |' in rows[0]
+    assert len(rows) == 1 and rows[0].startswith('| run | ')
+    assert rows[0].endswith('| 3 | `Oslo Oslo` |')
     png = runs[0] / 'all.png'
     printed('--plot', *(f'Gumbel={run}' for run in runs), runs[0] / 'metrics.jsonl', '--out', png)
     assert png.stat().st_size > 20000
-    text = printed('--compare', f'one={runs[0]}/sft.pt', runs[1] / 'ckpt.pt', '--prompts', '3',
-                   '--question', 'Who ?', '--context', 'Ada built it .')
-    assert text.count('question  ') == 4 and text.count('one ') == 4
-    assert text.startswith('question') and text.splitlines()[0].endswith('  Who ?')
+    text = printed('--compare', f'one={runs[0]}/sft.pt', runs[1] / 'ckpt.pt', '--prompts', '3')
+    assert text.count('question  ') == text.count('one ') == 3
     assert sample.smooth([(i, i) for i in range(120)])[0] == .5
 
 
@@ -1455,10 +1334,9 @@ def slow_save(save=torch.save):
     torch.save = halting
 
 
-def killed_and_resumed(script, kills, seed):
-    """Kills a run at `kills` random instants and goes on; it must end as if it never was."""
-    flags = [*SMALL_OF[script], '--iters', '30', '--sft_iters', '6']
-    whole, parts = (folder(f'{name} {script.__name__}') for name in ('never killed', 'killed'))
+def test_a_killed_run_ends_as_if_it_never_was():
+    """SIGKILL at six random instants, in saves too; it must end as one that was left alone."""
+    whole, parts = (folder(name) for name in ('never killed', 'killed'))
 
     def child(out, *more):
         pid = os.fork()
@@ -1468,90 +1346,41 @@ def killed_and_resumed(script, kills, seed):
                 torch.set_num_threads(1)
                 tqdm.set_lock(threading.RLock())     # its own would leak a semaphore at each kill
                 slow_save()
-                train(script, out, *flags, *more)
+                train(reinforce, out, *SMALL, '--iters', '30', *more)
                 code = 0
             finally:
                 os._exit(code)
         return pid
 
     assert os.waitpid(child(whole), 0)[1] == 0
-    rng, hits, kept = np.random.default_rng(seed), 0, set()
-    while True:
+    rng, hits = np.random.default_rng(0), 0
+    for turn in range(7):
         begun = any((parts / name).exists() for name in ('sft.pt', 'ckpt.pt'))
         pid = child(parts, '--resume' if begun else '--overwrite')
-        if hits < kills:
+        if turn < 6:
             time.sleep(rng.uniform(.2, 1.2))
             os.kill(pid, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
-            if hits >= kills or records(parts)[-1].keys() == {'final'}:
-                break
-        hits += 1
-        for name in 'sft.pt', 'ckpt.pt':
-            if (parts / name).exists():
-                saved = load_checkpoint(parts / name)
-                kept.add(saved.get('iter', -1))
-    ended_alike(whole, parts)
-    return hits, len(kept)
-
-
-def test_a_killed_run_ends_as_if_it_never_was():
-    hits, _ = killed_and_resumed(reinforce, 5, 0)
+        hits += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     assert hits >= 3
-
-
-def long_kills_lose_nothing():
-    """25 kills of each script: a run that is over sooner is begun anew."""
-    for script in SCRIPTS:
-        hits = instants = 0
-        while hits < 25:
-            more, kept = killed_and_resumed(script, 25 - hits, hits)
-            hits, instants = hits + more, instants + kept
-        print(f'{script.__name__}: {hits} kills, {instants} checkpoints in between')
-
-
-def long_runs_stay_as_large_as_they_are():
-    """Memory and file handles over 800 iterations of each script, 40 evaluations and curves among
-    them: matplotlib's garbage takes a dozen of those to level off."""
-    for script in SCRIPTS:
-        seen, step = [], script.discriminator_step
-
-        def watched(*args, seen=seen, step=step):
-            pages = int(Path('/proc/self/statm').read_text().split()[1])
-            handles = len(os.listdir('/proc/self/fd'))
-            seen.append((pages * resource.getpagesize() / 2 ** 20, handles))
-            return step(*args)
-
-        with patched(script, 'discriminator_step', watched):
-            script.main([*SMALL_OF[script], '--iters', '800', '--eval_interval', '20', '--out_dir',
-                         str(folder('long haul'))])
-        memory, handles = np.array(seen).T
-        early, late = memory[300:400].mean(), memory[-100:].mean()
-        print(f'{script.__name__}: {early:.1f} MiB at iteration 350, {late:.1f} at the end, '
-              f'{handles[10]:.0f} and {handles[-1]:.0f} handles')
-        assert len(seen) == 800 and late - early < 8, (early, late)
-        assert len(set(handles[10:])) == 1, handles
+    ended_alike(whole, parts)
 
 
 def test_freed_memory_is_kept_until_it_is_given_back():
     """In a process of its own, 32 tensors of 8 MiB that are freed under one that stays."""
     if not sys.platform.startswith('linux') or not hasattr(ctypes.CDLL(None), 'malloc_trim'):
         raise unittest.SkipTest('only glibc keeps freed memory on request')
-    code = '''if True:
+    code = """if True:
         import torch
         from pathlib import Path
         from model import keep_freed_memory
-        def pages():
-            return int(Path('/proc/self/statm').read_text().split()[1])
+        pages = lambda: int(Path('/proc/self/statm').read_text().split()[1])
         keep_freed_memory()
-        before = pages()
-        tensors = [torch.ones(2 ** 21) for _ in range(33)]
+        before, tensors = pages(), [torch.ones(2 ** 21) for _ in range(33)]
         last = tensors.pop()
         del tensors
         kept = pages()
         keep_freed_memory(False)
-        print(kept - before, pages() - before)'''
+        print(kept - before, pages() - before)"""
     out = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True,
                          check=True).stdout
     kept, trimmed = (int(n) * resource.getpagesize() / 2 ** 20 for n in out.split())
@@ -1587,127 +1416,99 @@ def test_a_number_that_is_not_finite_ends_the_run():
         assert train(script, out, '--resume')['tuned']['f1'] >= 0
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing():
-    gpt = tiny_gpt()
-    before = gpt.wte.weight.clone()
-    gpt(torch.tensor([[1, 2]])).sum().backward()
-    gpt.wte.weight.grad[0, 0] = math.inf
-    assert not math.isfinite(model.update(gpt, model.adamw(gpt), 1.))
-    assert torch.equal(gpt.wte.weight, before)
-
-
-def sentence_or_result(call, *args):
-    """Nothing but a result or one sentence may come of it; which of them did."""
+def fuzz(target, path, raw, spoil):
+    """
+    150 damaged files, the same each time: bytes flipped, cut out, put in or cut off, or what
+    `spoil` writes by hypothesis's choices. Nothing but a result or one sentence may come of them.
+    """
     try:
-        call(*args)
-        return True
-    except (ValueError, FileNotFoundError) as e:
-        assert str(e) and '\n' not in str(e), repr(e)
-        return False
-
-
-def strategies():
-    """Hypothesis's, which is no requirement of the scripts."""
-    try:
-        import hypothesis.strategies
+        import hypothesis
+        from hypothesis import strategies as st
     except ImportError as e:
         raise unittest.SkipTest('hypothesis is not installed') from e
-    return hypothesis.strategies
+    refused = []
 
-
-def fuzzed(examples):
-    """Calls a function of `draw` so many times, with other choices each time."""
-    import hypothesis
-
-    def run(function):
-        wanted = hypothesis.settings(max_examples=examples, deadline=None, database=None,
-                                     derandomize=True, print_blob=False,
-                                     suppress_health_check=list(hypothesis.HealthCheck))
-        wanted(hypothesis.given(hypothesis.strategies.data())(lambda d: function(d.draw)))()
-    return run
-
-
-def damaged(draw, raw):
-    """Bytes with some flipped, cut out or put in, or cut off."""
-    st = strategies()
-    raw = bytearray(raw)
-    for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, max(0, len(raw) - 1)))
-        kind = draw(st.sampled_from(['flip', 'cut', 'put', 'end']))
-        if kind == 'flip' and raw:
-            raw[at] ^= 1 << draw(st.integers(0, 7))
-        elif kind == 'cut':
-            del raw[at:at + draw(st.integers(1, 40))]
-        elif kind == 'put':
-            raw[at:at] = draw(st.binary(min_size=1, max_size=8))
+    def one(d):
+        if d.draw(st.booleans()):
+            spoil(d.draw, st)
         else:
-            del raw[at:]
-    return bytes(raw)
+            spoilt = bytearray(raw)
+            for _ in range(d.draw(st.integers(1, 3))):
+                at = d.draw(st.integers(0, len(spoilt)))
+                kind = d.draw(st.sampled_from(['flip', 'cut', 'put', 'end']))
+                if kind == 'flip' and at < len(spoilt):
+                    spoilt[at] ^= 1 << d.draw(st.integers(0, 7))
+                elif kind == 'cut':
+                    del spoilt[at:at + d.draw(st.integers(1, 40))]
+                elif kind == 'put':
+                    spoilt[at:at] = d.draw(st.binary(min_size=1, max_size=8))
+                else:
+                    del spoilt[at:]
+            path.write_bytes(bytes(spoilt))
+        try:
+            target()
+        except (ValueError, FileNotFoundError) as e:
+            assert str(e) and '\n' not in str(e), repr(e)
+            refused.append(e)
+
+    settings = hypothesis.settings(
+        max_examples=150, deadline=None, database=None, derandomize=True, print_blob=False,
+        suppress_health_check=list(hypothesis.HealthCheck))
+    settings(hypothesis.given(st.data())(one))()
+    assert len(refused) > 50, len(refused)
 
 
-def fuzz_squad(examples):
-    st = strategies()
-    path, counts = folder('fuzz') / 'train-v2.0.json', [0, 0]
-    scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
-    anything = st.recursive(scalars, lambda z: st.lists(z, max_size=3)
-                            | st.dictionaries(st.text(max_size=5), z, max_size=3), max_leaves=6)
+def test_damaged_squad_files_are_one_sentence():
+    path, enc = folder('fuzz') / 'train-v2.0.json', data.load_tokenizer('toy')
     answer = {'text': 'Ada', 'answer_start': 3}
     qas = [{'id': 'a', 'question': 'Who?', 'is_impossible': False, 'answers': [answer, answer]},
            {'id': 'b', 'question': 'When?', 'is_impossible': True, 'answers': []}]
     good = {'data': [{'title': 't', 'paragraphs': [{'context': 'By Ada.', 'qas': qas}]}]}
-    enc = data.load_tokenizer('toy')
 
     def read():
         rows = list(data.read_squad(str(path)))
         data.Split(rows, enc, 20, 5, train=True).batch(range(len(rows)))
 
-    @fuzzed(examples)
-    def one(draw):
+    def spoil(draw, st):
+        """Another value, or none, in any one place."""
+        scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+        values = st.recursive(scalars, lambda z: st.lists(z, max_size=3)
+                              | st.dictionaries(st.text(max_size=5), z, max_size=3), max_leaves=6)
         doc = json.loads(json.dumps(good))
+        at, spots = [doc], []
+        while at:
+            node = at.pop()
+            for key in node if isinstance(node, dict) else range(len(node)):
+                spots.append((node, key))
+                if isinstance(node[key], (dict, list)):
+                    at.append(node[key])
+        node, key = spots[draw(st.integers(0, len(spots) - 1))]
         if draw(st.booleans()):
-            at, spots = [doc], []
-            while at:                                # every place a value stands
-                node = at.pop()
-                for key in node if isinstance(node, dict) else range(len(node)):
-                    spots.append((node, key))
-                    if isinstance(node[key], (dict, list)):
-                        at.append(node[key])
-            node, key = draw(st.sampled_from(range(len(spots))).map(spots.__getitem__))
-            if draw(st.booleans()):
-                node[key] = draw(anything)
-            else:
-                del node[key]
-            path.write_text(json.dumps(doc), encoding='utf-8')
+            node[key] = draw(values)
         else:
-            path.write_bytes(damaged(draw, json.dumps(doc).encode()))
-        counts[sentence_or_result(read)] += 1
+            del node[key]
+        path.write_text(json.dumps(doc), encoding='utf-8')
+
+    fuzz(read, path, json.dumps(good).encode(), spoil)
     path.write_text('[' * 100000)
     raises(ValueError, [str(path), 'JSON'], read)
-    return counts
 
 
-def fuzz_checkpoints(examples, kind):
-    st = strategies()
-    at, counts = folder(f'fuzz {kind}'), [0, 0]
-    gpt = tiny_gpt(vocab_size=11, n_layer=1)
-    if kind == 'safetensors':
-        gpt.save_pretrained(at)
-        path = at / 'model.safetensors'
-    else:
-        path = at / 'ckpt.pt'
-        save_checkpoint(path, {'model': gpt.state_dict(), 'gpt_config': asdict(gpt.config),
-                               'settings': {'lr': 1e-3}})
-    raw = path.read_bytes()
-    state = {k: v.clone() for k, v in gpt.state_dict().items()}
+def test_damaged_checkpoints_are_one_sentence():
+    gpt, at = tiny_gpt(vocab_size=11, n_layer=1), folder('fuzz checkpoints')
+    for path in at / 'ckpt.pt', at / 'model.safetensors':
+        def write(weights, config, path=path):
+            if path.suffix == '.pt':
+                save_checkpoint(path, {'model': weights, 'gpt_config': config})
+            else:
+                model.save_file({k: v.contiguous() for k, v in weights.items()}, path)
 
-    @fuzzed(examples)
-    def one(draw):
-        if draw(st.booleans()):
-            path.write_bytes(damaged(draw, raw))
-        else:                                        # a whole file with the wrong things in it
-            weights = dict(state)
+        def spoil(draw, st, write=write):
+            """A whole file with a wrong thing in it."""
+            weights = {k: v.clone() for k, v in gpt.state_dict().items()}
+            config = asdict(gpt.config)
             name = draw(st.sampled_from(sorted(weights)))
-            change = draw(st.sampled_from(['lose', 'rename', 'reshape', 'add', 'type']))
+            change = draw(st.sampled_from(['lose', 'rename', 'reshape', 'add', 'type', 'config']))
             if change in ('lose', 'rename'):
                 tensor = weights.pop(name)
             if change == 'rename':
@@ -1718,27 +1519,13 @@ def fuzz_checkpoints(examples, kind):
                 weights[draw(st.text(max_size=4))] = torch.zeros(2)
             if change == 'type':
                 weights[name] = weights[name].to(torch.int64)
-            if kind == 'safetensors':
-                model.save_file({k: v.contiguous() for k, v in weights.items()}, path)
-            else:
-                config = asdict(gpt.config)
-                if draw(st.booleans()):
-                    config[draw(st.sampled_from([*config, 'more']))] = draw(
-                        st.none() | st.integers(-2, 3) | st.text(max_size=3))
-                save_checkpoint(path, {'model': weights, 'gpt_config': config})
-        counts[sentence_or_result(GPT.from_pretrained, path)] += 1
-    return counts
+            if change == 'config':
+                config[draw(st.sampled_from([*config, 'more']))] = draw(
+                    st.none() | st.integers(-2, 3) | st.text(max_size=3) | st.just(10 ** 9))
+            write(weights, config)
 
-
-def test_damaged_files_are_one_sentence():
-    for counts in fuzz_squad(150), *(fuzz_checkpoints(150, k) for k in ('pt', 'safetensors')):
-        assert counts[0] > 50, counts
-
-
-def long_damaged_files_are_one_sentence():
-    for name, counts in (('SQuAD JSON', fuzz_squad(4000)), ('.pt', fuzz_checkpoints(4000, 'pt')),
-                         ('.safetensors', fuzz_checkpoints(4000, 'safetensors'))):
-        print(f'{name}: {sum(counts)} inputs, {counts[0]} refused in a sentence, {counts[1]} read')
+        write(gpt.state_dict(), asdict(gpt.config))
+        fuzz(lambda path=path: GPT.from_pretrained(path), path, path.read_bytes(), spoil)
 
 
 def on_ranks(name, path, n):
@@ -1867,54 +1654,6 @@ def test_torchrun_trains_and_a_signal_ends_it():
     assert text.count('train: ') == 1                # rank 0 speaks for all
 
 
-def long_ranks_end_together_and_resume():
-    """A rank that is killed ends the other, SIGTERM has both save, none hangs; after 2 of each at
-    random instants a run ends as one left alone."""
-    rng, n = np.random.default_rng(0), '30'
-    for script in SCRIPTS:
-        whole, parts = (folder(f'{name} ranks {script.__name__}') for name in ('whole', 'parts'))
-        _, err = torchrun(script, whole, '--iters', n).communicate(timeout=200)
-        assert records(whole)[-1].keys() == {'final'}, err[-2000:]
-        for turn, number in enumerate((signal.SIGKILL, signal.SIGTERM) * 2):
-            process = torchrun(script, parts, '--iters', n, '--resume' if turn else '--overwrite')
-            until = After(parts, 'mle', 4 + 6 * turn + int(rng.integers(6)))
-            while process.poll() is None and not until:
-                time.sleep(.02)
-            assert process.poll() is None, process.communicate()
-            family = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-            ranks = [pid for pid in map(int, family)
-                     if script.__file__ in Path(f'/proc/{pid}/cmdline').read_text()]
-            assert len(ranks) == 2, family
-            os.kill(ranks[turn // 2] if number == signal.SIGKILL else process.pid, number)
-            _, err = process.communicate(timeout=60)
-            assert process.returncode and all(load_checkpoint(f) for f in parts.glob('*.pt'))
-            assert not any(Path(f'/proc/{pid}').exists() for pid in ranks), err[-2000:]
-        _, err = torchrun(script, parts, '--iters', n, '--resume').communicate(timeout=200)
-        assert records(parts)[-1].keys() == {'final'}, err[-2000:]
-        ended_alike(whole, parts)
-
-
-def test_frozen_parts_hold_no_gradients_and_no_optimizer_state():
-    """Not the reference, which no optimizer tends, and not those that learn, after an update."""
-    for script in SCRIPTS:
-        tended, frozen = [], []
-        keep_grad = torch.nn.Module.requires_grad_
-
-        def freeze(self, value=True, frozen=frozen, keep_grad=keep_grad):
-            if not value:
-                frozen.append(self)
-            return keep_grad(self, value)
-
-        with (patched(torch.nn.Module, 'requires_grad_', freeze),
-              patched(script, 'adamw', lambda net, tended=tended: tended.append(net)
-                      or model.adamw(net))):
-            train(script, folder('frozen'), *SMALL_OF[script])
-        assert len(frozen) == 1 and not any(frozen[0] is net for net in tended)
-        assert len({id(net) for net in tended}) == (3 if script is ppo else 2)
-        assert not any(p.requires_grad for p in frozen[0].parameters())
-        assert all(p.grad is None for net in (*frozen, *tended) for p in net.parameters())
-
-
 def test_variants_run():
     poster = ['--no-context', '--sft_iters', '0', '--d_loss', 'minimax', '--no-d_prefixes',
               '--samples', '1', '--reward', 'score', '--baseline', 'mean', '--beta', '0',
@@ -1975,8 +1714,6 @@ def test_control_spends_the_time_of_a_run_on_mle():
     assert load_checkpoint(out / 'ckpt.pt')['settings']['sft_iters'] == len(rows)
     again = train(reinforce, out, '--resume')
     assert again == result
-    raises(FileNotFoundError, ['gone', 'not found'], train, reinforce, folder('lone'), *SMALL,
-           '--control', 'gone')
 
 
 def compiled_equals_eager(script, *more):
@@ -2090,27 +1827,16 @@ def test_a_mistake_is_one_sentence():
 
 
 def test_every_flag_refuses_what_it_cannot_take():
-    """The wrong type is argparse's to refuse, what is out of range ours: flag, value and remedy."""
-    tried = 0
+    """What is out of range: flag, value and remedy; a word that is none of a flag's: argparse."""
     for script in SCRIPTS:
         for f in fields(script.Config):
-            flag = f'--{f.name}'
-            kinds = {int: ['x', '1.5', '', 'nan'], float: ['x', '', '1,5']}.get(f.type, [])
-            if get_args(f.type) and type(None) not in get_args(f.type):      # a Literal
-                kinds = ['x', '', get_args(f.type)[0].upper()]
-            kinds = ['--' if f.type in (bool, Optional[bool]) else kind for kind in kinds or ['']]
-            for value in kinds if f.type is not str else []:
-                argv = [f'{flag}=1'] if value == '--' else [flag, value]
-                with contextlib.redirect_stderr(io.StringIO()) as err:
-                    raises(SystemExit, ['2'], script.parse, argv)
-                assert f'argument {flag}' in err.getvalue() or value == '--', err.getvalue()
-                tried += 1
             for value in {int: ['-1'], float: ['-1', 'nan', 'inf', '-inf']}.get(f.type, []):
-                number = f.type(value)
-                raises(ValueError, [f'{flag} {number}', 'give'], script.parse, [f'{flag}={value}'])
-                tried += 1
-    print(f'{tried} values of flags refused')
-    assert tried > 300, tried
+                raises(ValueError, [f'--{f.name} {f.type(value)}', 'give'], script.parse,
+                       [f'--{f.name}={value}'])
+            if f.type is not str:
+                with contextlib.redirect_stderr(io.StringIO()) as err:
+                    raises(SystemExit, ['2'], script.parse, [f'--{f.name}=x'])
+                assert f'--{f.name}' in err.getvalue(), err.getvalue()
 
 
 def test_offline_is_one_sentence():
@@ -2151,14 +1877,6 @@ def test_folders_that_are_taken_gone_or_oddly_named():
     file = out / 'metrics.jsonl'
     err = command('reinforce.py', *SMALL, '--out_dir', file / 'below', expect=1).stderr.strip()
     assert '\n' not in err and 'metrics.jsonl' in err, err
-    gone, kept = folder('vanishing'), data.health
-
-    def vanish(*a):
-        shutil.rmtree(gone)
-        return kept(*a)
-
-    with patched(data, 'health', vanish):
-        raises(OSError, [str(gone)], train, reinforce, gone, *SMALL)
 
 
 def test_a_signal_saves_and_exits():
@@ -2180,8 +1898,11 @@ def test_a_signal_saves_and_exits():
 def test_the_commands_of_the_readme():
     out = SCRATCH / 'a run'
     shutil.rmtree(out, ignore_errors=True)
-    text = command('reinforce.py', *SMALL, '--out_dir', out).stdout
-    assert re.search(r'warm start +[\d.]+.*\ntuned +[\d.]+', text), text
+    env = {**os.environ, 'PYTHONWARNINGS': 'always,ignore::ResourceWarning'}
+    done = command('reinforce.py', *SMALL, '--out_dir', out, env=env)
+    assert re.search(r'warm start +[\d.]+.*\ntuned +[\d.]+', done.stdout), done.stdout
+    assert not [line for line in done.stderr.splitlines() if 'Warning' in line
+                and str(HERE) in line and 'site-packages' not in line], done.stderr
     assert (out / 'samples.txt').read_text().count('question  ') == 12
     assert (out / 'curves.png').stat().st_size > 1000
     ckpt = out / 'ckpt.pt'
@@ -2190,18 +1911,6 @@ def test_the_commands_of_the_readme():
     assert text.count(str(ckpt)) == 3 and text.count('gold  ') == 3
     text = command('reinforce.py', '--help').stdout
     assert '--no-context' in text and 'lower it to save memory' in text
-
-
-def test_a_run_warns_of_nothing():
-    """All that Python would warn of in our files, but for open files at exit, as by default."""
-    env = {**os.environ, 'PYTHONWARNINGS': 'always,ignore::ResourceWarning'}
-    for script in SCRIPTS:
-        name = script.__name__
-        err = command(f'{name}.py', *SMALL_OF[script], '--out_dir', folder(f'quiet {name}'),
-                      env=env).stderr
-        ours = [line for line in err.splitlines() if 'Warning' in line and str(HERE) in line
-                and 'site-packages' not in line]
-        assert not ours, ours
 
 
 def test_no_drift():
@@ -2253,8 +1962,7 @@ def run(name):
 def main(part=''):
     """Runs the tests whose name holds `part`; exit code 1 if one fails or none matched."""
     os.environ['OMP_NUM_THREADS'] = '1'              # one core a process, and its subprocesses
-    kind = 'long_' if part.startswith('long') else 'test_'          # minutes; asked for by name
-    names = [n for n in globals() if n.startswith(kind) and part in n]
+    names = [n for n in globals() if n.startswith('test_') and part in n]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context('spawn')) as pool:
         longest_first = sorted(names, key=lambda n: 'compiled' not in n)
         started = {n: pool.submit(run, n) for n in longest_first}
