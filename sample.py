@@ -3,9 +3,8 @@ Looking at the result, and judging it.
 
 $ python sample.py --ckpt out/reinforce/ckpt.pt --question "Who built it?" --context "Ada built it."
 $ python sample.py --compare gpt2 out/reinforce/sft.pt out/reinforce/ckpt.pt
-$ python sample.py --evaluate sft=out/ppo/sft.pt PPO=out/ppo/ckpt.pt --out assets/ppo-1.json
-$ python sample.py --plot PPO=out/ppo-1 PPO=out/ppo-2 --out assets/ppo.png
-$ python sample.py --table assets/ppo-1.json assets/ppo-2.json
+$ python sample.py --evaluate sft=out/ppo/sft.pt PPO=out/ppo/ckpt.pt --out out/ppo.json
+$ python sample.py --plot PPO=out/ppo-1 PPO=out/ppo-2          or --table, of those or of .json
 
 Wherever several files are given, each may be named: NAME=FILE; files of one name are the seeds of
 one thing. A run is its folder or its metrics.jsonl.
@@ -357,7 +356,6 @@ def evaluate(args):
     setup = {'torch': torch.__version__, 'device': args.device, 'settings': settings,
              'seed': args.seed, 'top_k': args.top_k, 'test_steps': args.test_steps}
     out.write_text(json.dumps({'setup': setup, 'results': results}, indent=1) + '\n')
-    print(f'\nwrote {out}')
 
 
 def read_results(path):
@@ -430,11 +428,17 @@ PANELS = {  # title: value of a record, None where it has none
 COLOURS = '#4c8dd6 #e0823d #3fa66a #b565c9 #d1555b #8f8a2f #30a5b5 #9a7b5f #d66fa6'.split()
 
 
-def smooth(points):
-    """(iteration, value) pairs averaged within windows, at most 60 of them."""
-    width = max(1, -(-len(points) // 60))
-    return {int(np.mean([i for i, _ in part])): float(np.mean([v for _, v in part]))
-            for part in (points[k:k + width] for k in range(0, len(points), width))}
+def curves(runs, value):
+    """Iterations at which any of runs, lists of records, has a value, and the values there of all
+    runs that reach so far: means of at most 60 windows, interpolated between them."""
+    found = []
+    for records in runs:
+        points = [(r['iter'], value(r)) for r in records if 'iter' in r and value(r) is not None]
+        width = max(1, -(-len(points) // 60))
+        found.append([np.mean(points[k:k + width], 0) for k in range(0, len(points), width)])
+    at = sorted({x for windows in found for x, _ in windows})
+    return at, [[np.interp(x, *zip(*windows)) for windows in found
+                 if windows and windows[0][0] <= x <= windows[-1][0]] for x in at]
 
 
 def draw(groups, out):
@@ -446,11 +450,7 @@ def draw(groups, out):
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), facecolor='none')
     for ax, (title, value) in zip(axes.flat, PANELS.items()):
         for colour, (name, runs) in zip(COLOURS * len(groups), groups.items()):
-            curves = [smooth([(r['iter'], value(r)) for r in records
-                              if 'iter' in r and value(r) is not None]) for records in runs]
-            at = sorted(set().union(*curves))
-            values = [[np.interp(i, list(c), list(c.values())) for c in curves
-                       if c and min(c) <= i <= max(c)] for i in at]
+            at, values = curves(runs, value)
             ax.plot(at, [np.mean(v) for v in values], color=colour, linewidth=1.8, label=name)
             ax.fill_between(at, [min(v) for v in values], [max(v) for v in values], color=colour,
                             alpha=.2, linewidth=0)

@@ -416,7 +416,6 @@ def test_order_is_a_pure_function_and_an_epoch_holds_everything():
         == list(range(10))
     assert np.array_equal(data.order(10, 4, 7, 3), batches[3])
     assert not np.array_equal(data.order(10, 4, 8, 0), batches[0])
-    assert sorted(data.order(3, 7, 0, 0)[:3]) == [0, 1, 2]
 
 
 def test_toy_set():
@@ -486,7 +485,6 @@ def test_diversity_figures():
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
     assert data.longest_run(response, mask).tolist() == [3, 1]
     assert data.distinct(response, mask, 2) == 3 / 5      # 11 11 12 | 12 29
-    assert data.distinct(response[:, :1], mask[:, :1], 2) == 0
 
 
 def test_passages_are_packed():
@@ -1190,7 +1188,6 @@ def test_kl_and_perplexity_against_sums():
     assert abs(kl - wanted / mask.sum()) < 1e-5 and kl > 0
     wanted = sum(-gold[i, t, batch.response[i, t]].log() for i, t in batch.mask.nonzero())
     assert abs(nll - wanted / batch.mask.sum()) < 1e-4
-    assert sample.drift(base, base, split, args)[0] == 0
 
 
 def printed(*argv):
@@ -1239,7 +1236,10 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     assert png.stat().st_size > 20000
     text = printed('--compare', f'one={runs[0]}/sft.pt', runs[1] / 'ckpt.pt', '--prompts', '3')
     assert text.count('question  ') == text.count('one ') == 3
-    assert sample.smooth([(i, i) for i in range(120)])[0] == .5
+    runs = [[{'iter': i, 'kl': v} for i in range(n)] for n, v in ((300, 0.), (200, 1.))]
+    at, values = sample.curves(runs, sample.PANELS['KL from the warm start (nats/token)'])
+    assert max(at) > 296 and all(v == ([0, 1] if x < 198 else [0]) for x, v in zip(at, values)
+                                 if x >= 2)
 
 
 # -----------------------------------------------------------------------------
