@@ -41,7 +41,8 @@ def load_examples(data, split, n=None):
     if data in ('toy', 'toy-varied'):
         return toy_examples(split, n, varied=data == 'toy-varied')
     examples = squad_examples(data, split)
-    return examples[::max(1, len(examples) // (n or len(examples)))][:n]
+    n = min(n or len(examples), len(examples))
+    return [examples[i * len(examples) // n] for i in range(n)]
 
 
 def squad_examples(data, split):
@@ -290,8 +291,9 @@ def load(cfg):
     """The tokenizer, the training and the dev Split of a script's Config; says what was cut."""
     enc, splits = load_tokenizer(cfg.data), []
     for name in 'train', 'dev':
-        split = Split(load_examples(cfg.data, name), enc, cfg.max_prompt, cfg.max_response,
-                      cfg.context, train=name == 'train')
+        examples = load_examples(cfg.data, name, cfg.eval_prompts if name == 'dev' else None)
+        split = Split(examples, enc, cfg.max_prompt, cfg.max_response, cfg.context,
+                      train=name == 'train')
         print(f'{name}: {len(split)} examples, {split.cut_prompts} prompts cut to '
               f'{cfg.max_prompt} tokens, {split.cut_responses} answers cut to {cfg.max_response}',
               flush=True)

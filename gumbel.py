@@ -93,7 +93,7 @@ TINY = dict(
     samples=2, micro_batch=128, beta=0.0, anchor=4.0, lr=4e-3, d_lr=2e-3,
     d_warmup_iters=180, d_warmup_acc=.9, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
 )
-BOUNDS = dict(                       # of what is not at least 1, or 0 where it is no whole number
+BOUNDS = dict(                       # (least, most); else whole numbers are from 1, others from 0
     seed=(0, math.inf), sft_iters=(0, math.inf), iters=(0, math.inf), d_warmup_iters=(0, math.inf),
     d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, math.inf),
 )
@@ -123,7 +123,7 @@ def parse(argv=None):
         if file is None:
             raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
                              'the --out_dir of a run')
-        settings = load_checkpoint(file)['settings']
+        settings = {**load_checkpoint(file)['settings'], 'out_dir': str(out)}
         unknown = settings.keys() - Config.__dataclass_fields__.keys()
         if unknown:
             raise ValueError(f'--resume: {file} is of another script, which has --{min(unknown)}: '
@@ -385,7 +385,7 @@ def train(cfg, caught=()):
     Warm start, adversarial stage, evaluation; writes everything into out_dir.
 
     caught   a list that a signal handler fills; once it is not empty, train saves and returns None
-    returns  dict: the final figures of `warm start` and `tuned`; None but on rank 0
+    returns  dict: the final figures of `warm start` and `tuned`; on rank 0
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
@@ -408,12 +408,12 @@ def train(cfg, caught=()):
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
-    kept = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
+    stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
     running = {'d_acc': .5, 'g_steps': 0, 'sick': 0}                         # d_acc: chance
     # resume
     if 'running' in saved:
         generator.load_state_dict(saved['model'])
-        for name, part in kept.items():
+        for name, part in stateful.items():
             part.load_state_dict(saved[name])
         running = saved['running']
     if cfg.compile:
@@ -424,9 +424,9 @@ def train(cfg, caught=()):
         # evaluate and checkpoint
         due = it % cfg.eval_interval == 0 or it == cfg.iters
         stop = all_sum(bool(caught)) > 0
-        if (due or stop) and not running['sick']:
+        if stop or it == cfg.iters or (due and not running['sick']):
             save(out / 'ckpt.pt', generator, cfg, log, iter=it, running=running,
-                 **{name: part.state_dict() for name, part in kept.items()})
+                 **{name: part.state_dict() for name, part in stateful.items()})
         if due and rank == 0:
             figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
             log({'iter': it, 'dev': figures})
@@ -438,7 +438,8 @@ def train(cfg, caught=()):
 
         # rollout
         log.lap()
-        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout
+        # of dropout and of sampling, so that a resumed run draws the same
+        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
         index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
         batch = train_set.batch(shard(index), cfg.device)

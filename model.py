@@ -67,7 +67,7 @@ def linear(x, weight, bias=None):
             or torch.compiler.is_compiling()):
         return F.linear(x, weight, bias)
     y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class Linear(nn.Linear):
@@ -359,7 +359,7 @@ class GPT(nn.Module):
 
 
 def linear_in_float32(x, weight, bias=None):
-    """F.linear outside of autocast, in float32 (float64 in tests): GPT-2's logits are around -100,
+    """F.linear outside of autocast, in float32 (TF32 on CUDA): GPT-2's logits are around -100,
     where bfloat16 has steps of 0.5, and two passes over the same tokens would disagree."""
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(weight.dtype), weight, bias)
@@ -511,7 +511,7 @@ def shard(index):
 
 
 def all_sum(x):
-    """The sum over the ranks of a tensor, as a new one without gradient, or of a number."""
+    """The sum over the ranks of a number or of a tensor, a new one without gradient; of one, x."""
     if ranks()[1] == 1:
         return x
     device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
@@ -626,9 +626,6 @@ def open_folder(cfg):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
                 raise ValueError(f'--out_dir {out} is in use by another run: give another') from e
-        if cfg.overwrite:
-            for name in old:
-                (out / name).unlink()
     all_sum(0)                                       # the others wait for the folder
     return out, lock
 
@@ -658,7 +655,9 @@ class Log:
         self.cuda, self.seconds, self.start = cfg.device.startswith('cuda'), {}, 0.0
         if self.writes and size and self.path.exists():
             os.truncate(self.path, min(size, self.size()))
-        elif self.writes:
+        elif self.writes:                            # a new run, all of whose inputs are loaded
+            for old in [] if cfg.resume else ['ckpt.pt', 'sft.pt']:
+                (out / old).unlink(missing_ok=True)
             name = torch.cuda.get_device_name(cfg.device) if self.cuda else cfg.device
             header = {'config': asdict(cfg), 'python': sys.version.split()[0], 'device': name,
                       'torch': torch.__version__, 'threads': torch.get_num_threads()}

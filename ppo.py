@@ -99,7 +99,7 @@ TINY = dict(
     d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
     minibatch=64, critic_lr=4e-3, pretrain=.7,
 )
-BOUNDS = dict(                       # of what is not at least 1, or 0 where it is no whole number
+BOUNDS = dict(                       # (least, most); else whole numbers are from 1, others from 0
     seed=(0, math.inf), sft_iters=(0, math.inf), iters=(0, math.inf), d_warmup_iters=(0, math.inf),
     d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, math.inf),
     clip=(.001, math.inf), lam=(0, 1),
@@ -132,7 +132,7 @@ def parse(argv=None):
         if file is None:
             raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
                              'the --out_dir of a run')
-        settings = load_checkpoint(file)['settings']
+        settings = {**load_checkpoint(file)['settings'], 'out_dir': str(out)}
         unknown = settings.keys() - Config.__dataclass_fields__.keys()
         if unknown:
             raise ValueError(f'--resume: {file} is of another script, which has --{min(unknown)}: '
@@ -264,7 +264,7 @@ def reward(discriminator, batch, roll, cfg):
             0 where the two cannot be told apart, -1 for a sure fake, however sure
     score   s itself, the poster's
     none    0: what is left is the KL penalty and the anchor
-    An answer that does not end gets -1 in its place.
+    Whichever it is, an answer that does not end gets -1.
     """
     scores = torch.cat([score(discriminator, part, *beside_gold(part, r), cfg)
                         for part, r in data.parts(cfg.micro_batch, batch, roll)])
@@ -357,7 +357,7 @@ def ppo_update(generator, critic, optimizers, batch, roll, past, passages, lrs, 
 
     past      log-probs, values, advantages and returns of the rollout, each (B, K, R)
     passages  a Batch for the pretraining term; None for none
-    returns   dict: g_loss, v_loss, approx_kl, mle, pretrain, g_norm
+    returns   dict: g_loss, v_loss, approx_kl, mle, pretrain, g_norm, v_norm
     """
     n_tokens = all_sum(roll.mask.sum())
     sums = torch.zeros(3, device=roll.mask.device)
@@ -382,7 +382,7 @@ def ppo_update(generator, critic, optimizers, batch, roll, past, passages, lrs, 
     if passages is not None:
         figures['pretrain'] = mle_gradient(generator, passages, cfg.pretrain, cfg)
     figures['g_norm'] = update(generator, optimizers[0], lrs[0])
-    update(critic, optimizers[1], lrs[1])
+    figures['v_norm'] = update(critic, optimizers[1], lrs[1])
     return figures
 
 
@@ -400,8 +400,7 @@ def ppo_step(generator, reference, critic, optimizers, batch, roll, rewards, pas
     mask, log_ratio = roll.mask, (logprobs - ref_logprobs) * roll.mask
     advantages, returns = gae(rewards - cfg.beta * log_ratio, values, mask, cfg.lam)
     past = logprobs, values, whiten(advantages, mask), returns
-    # the mean of log pi/pi_ref over samples is the KL; exp(-x) - 1 + x, of the same mean
-    # (Schulman 2020), explodes where pi is much smaller than the reference
+    # k1 of Schulman 2020, whose mean is the KL; k3 explodes where pi is far below the reference
     kl, entropy = (all_sum((z * mask).sum()).item() / all_sum(mask.sum()).item()
                    for z in (log_ratio, entropy))
     minibatches = [rows for _ in range(cfg.epochs)
@@ -459,7 +458,7 @@ def train(cfg, caught=()):
     Warm start, adversarial stage, evaluation; writes everything into out_dir.
 
     caught   a list that a signal handler fills; once it is not empty, train saves and returns None
-    returns  dict: the final figures of `warm start` and `tuned`; None but on rank 0
+    returns  dict: the final figures of `warm start` and `tuned`; on rank 0
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
@@ -486,13 +485,13 @@ def train(cfg, caught=()):
     critic = Critic(generator).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     critic_optimizer = adamw(critic)
-    kept = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer,
-                critic=critic, critic_optimizer=critic_optimizer)
+    stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer,
+                    critic=critic, critic_optimizer=critic_optimizer)
     running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'updates': 0}          # d_acc: chance
     # resume
     if 'running' in saved:
         generator.load_state_dict(saved['model'])
-        for name, part in kept.items():
+        for name, part in stateful.items():
             part.load_state_dict(saved[name])
         running = saved['running']
     if cfg.compile:
@@ -503,9 +502,9 @@ def train(cfg, caught=()):
         # evaluate and checkpoint
         due = it % cfg.eval_interval == 0 or it == cfg.iters
         stop = all_sum(bool(caught)) > 0
-        if (due or stop) and not running['sick']:
+        if stop or it == cfg.iters or (due and not running['sick']):
             save(out / 'ckpt.pt', generator, cfg, log, iter=it, running=running,
-                 **{name: part.state_dict() for name, part in kept.items()})
+                 **{name: part.state_dict() for name, part in stateful.items()})
         if due and rank == 0:
             figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
             log({'iter': it, 'dev': figures})
@@ -517,7 +516,8 @@ def train(cfg, caught=()):
 
         # rollout
         log.lap()
-        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout
+        # of dropout and of sampling, so that a resumed run draws the same
+        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
         index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
         batch = train_set.batch(shard(index), cfg.device)

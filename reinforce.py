@@ -1,7 +1,7 @@
 """
 REINFORCE: the discriminator's score is the reward of a sampled answer.
 
-    max_G  E[ r(x, y) ] - beta KL(pi || pi_SFT)          y ~ pi(. | x)
+    max_G  E[ r(x, y) ] - beta KL(pi || pi_SFT)          y ~ pi(. | x), r from s, see `reward`
     grad = E[ sum_t (G_t - b) grad log pi(y_t | x, y_<t) ]               Williams (1992)
     max_D  E[ log sigmoid(s(x, y*) - s(x, y)) ]          or the minimax form, Goodfellow (2014)
 
@@ -49,7 +49,7 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    control: str = ''                # a run: only do MLE, for as long as its adversarial stage took
+    control: str = ''                # a run: MLE alone, for as long as its adversarial stage took
     eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
@@ -94,7 +94,7 @@ TINY = dict(
     samples=2, micro_batch=128, beta=0.0, anchor=4.0, lr=4e-3, d_lr=2e-3,
     d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
 )
-BOUNDS = dict(                       # of what is not at least 1, or 0 where it is no whole number
+BOUNDS = dict(                       # (least, most); else whole numbers are from 1, others from 0
     seed=(0, math.inf), sft_iters=(0, math.inf), iters=(0, math.inf), d_warmup_iters=(0, math.inf),
     d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, math.inf),
 )
@@ -124,7 +124,7 @@ def parse(argv=None):
         if file is None:
             raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
                              'the --out_dir of a run')
-        settings = load_checkpoint(file)['settings']
+        settings = {**load_checkpoint(file)['settings'], 'out_dir': str(out)}
         unknown = settings.keys() - Config.__dataclass_fields__.keys()
         if unknown:
             raise ValueError(f'--resume: {file} is of another script, which has --{min(unknown)}: '
@@ -152,8 +152,6 @@ def check_approach(cfg):
     if cfg.baseline == 'loo' and cfg.samples < 2:
         raise ValueError(f'--baseline loo with --samples {cfg.samples}: give --samples 2 or more, '
                          'or --baseline mean')
-    if cfg.control and Path(cfg.control).resolve() == Path(cfg.out_dir).resolve():
-        raise ValueError(f'--control {cfg.control} is the --out_dir too: give another --out_dir')
 
 
 # -----------------------------------------------------------------------------
@@ -239,7 +237,7 @@ def reward(discriminator, batch, roll, cfg):
             0 where the two cannot be told apart, -1 for a sure fake, however sure
     score   s itself, the poster's
     none    0: what is left is the KL penalty and the anchor
-    An answer that does not end gets -1 in its place.
+    Whichever it is, an answer that does not end gets -1.
     """
     scores = torch.cat([score(discriminator, part, *beside_gold(part, r), cfg)
                         for part, r in data.parts(cfg.micro_batch, batch, roll)])
@@ -303,27 +301,26 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
             'd_acc': n_right / n_pairs if n_pairs else None, 'tie_rate': 1 - n_pairs / n}
 
 
-def reinforce_step(generator, reference, optimizer, batch, roll, rewards, baseline, lr, cfg):
+def reinforce_step(generator, reference, optimizer, batch, roll, rewards, running_mean, lr, cfg):
     """
     One policy-gradient update, with the MLE anchor.
 
     rewards   (B, K, R) of the discriminator; the KL penalty is taken off here
-    baseline  running mean of the return
+    running_mean  of the return, the other baseline
     returns   dict: g_loss, kl and entropy (nats per token), return_mean, mle, g_norm
     """
     n = rewards[..., 0].numel() * ranks()[1]
     sums = torch.zeros(5, device=rewards.device)
-    for part, r, given in data.parts(cfg.micro_batch, batch, roll, rewards):
+    for part, r, d_rewards in data.parts(cfg.micro_batch, batch, roll, rewards):
         answers = part.prompt, part.pad, r.response, cfg.temperature
         with autocast(cfg):
             logprobs, entropy = generator.response_logprobs(*answers)
             with torch.no_grad():
                 ref_logprobs, _ = reference.response_logprobs(*answers)
-        # its mean over samples is the KL; exp(-x) - 1 + x, of the same mean (Schulman 2020),
-        # explodes where pi is much smaller than the reference
+        # k1 of Schulman 2020, whose mean is the KL; k3 explodes where pi is far below the reference
         log_ratio = (logprobs.detach() - ref_logprobs) * r.mask
-        total = given - cfg.beta * log_ratio
-        loss = policy_loss(logprobs, advantages(total, cfg.baseline, baseline), r.mask) / n
+        total = d_rewards - cfg.beta * log_ratio
+        loss = policy_loss(logprobs, advantages(total, cfg.baseline, running_mean), r.mask) / n
         loss.backward()
         sums += torch.stack((loss.detach(), log_ratio.sum(), (entropy * r.mask).sum(),
                              r.mask.sum(), total.sum()))
@@ -340,10 +337,12 @@ def control_steps(generator, train_set, cfg):
     """MLE steps that take as long as the iterations of the run cfg.control did; one of more than
     three medians counts as three, for a pause of the machine is no training."""
     times = [sum(r['seconds'].values()) for r in sample.read_run(cfg.control) if 'seconds' in r]
-    optimizer, still, steps = adamw(generator), replace(cfg, sft_lr=0.0), []
+    if not times:
+        raise ValueError(f'--control {cfg.control} has no timed iterations: give another run')
+    optimizer, frozen, steps = adamw(generator), replace(cfg, sft_lr=0.0), []
     for step in range(20):
         start = time.perf_counter()
-        mle_step(generator, optimizer, train_set, step, 20, still)
+        mle_step(generator, optimizer, train_set, step, 20, frozen)
         steps.append(time.perf_counter() - start)
     seconds = np.minimum(times, 3 * np.median(times)).sum()
     return max(1, round(seconds / (all_sum(float(np.median(steps))) / ranks()[1])))
@@ -387,7 +386,7 @@ def train(cfg, caught=()):
     Warm start, adversarial stage, evaluation; writes everything into out_dir.
 
     caught   a list that a signal handler fills; once it is not empty, train saves and returns None
-    returns  dict: the final figures of `warm start` and `tuned`, or `more MLE`; None but on rank 0
+    returns  dict: the final figures of `warm start` and `tuned`, or `more MLE`; on rank 0
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
@@ -413,12 +412,12 @@ def train(cfg, caught=()):
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
-    kept = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
+    stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
     running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'baseline': 0.0}        # d_acc: chance
     # resume
     if 'running' in saved:
         generator.load_state_dict(saved['model'])
-        for name, part in kept.items():
+        for name, part in stateful.items():
             part.load_state_dict(saved[name])
         running = saved['running']
     if cfg.compile:
@@ -429,9 +428,9 @@ def train(cfg, caught=()):
         # evaluate and checkpoint
         due = it % cfg.eval_interval == 0 or it == cfg.iters
         stop = all_sum(bool(caught)) > 0
-        if (due or stop) and not running['sick']:
+        if stop or it == cfg.iters or (due and not running['sick']):
             save(out / 'ckpt.pt', generator, cfg, log, iter=it, running=running,
-                 **{name: part.state_dict() for name, part in kept.items()})
+                 **{name: part.state_dict() for name, part in stateful.items()})
         if due and rank == 0:
             figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
             log({'iter': it, 'dev': figures})
@@ -443,7 +442,8 @@ def train(cfg, caught=()):
 
         # rollout
         log.lap()
-        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)             # dropout
+        # of dropout and of sampling, so that a resumed run draws the same
+        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
         index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
         batch = train_set.batch(shard(index), cfg.device)

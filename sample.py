@@ -133,7 +133,7 @@ def compare(args):
 @torch.no_grad()
 def evaluate_run(generator, discriminator, split, enc, cfg):
     """
-    Figures of a generator on the first eval_prompts of a split, and its sampled answers.
+    Figures of a generator on a split, and its sampled answers.
 
     em and f1 are of greedy answers, in percent (has_ and no_: of answerable and unanswerable
     questions); sample_f1, reward (mean score in logits), d_acc (share of pairs told apart, a tie
@@ -141,9 +141,8 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     poster's temperature .8 and top-k 100.
     """
     rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
-    examples, greedy, sampled, kept = split.examples[:cfg.eval_prompts], [], [], []
-    n = cfg.micro_batch * cfg.samples
-    for rows in np.array_split(np.arange(len(examples)), -(-len(examples) // n)):
+    greedy, sampled, kept, n = [], [], [], cfg.micro_batch * cfg.samples
+    for rows in np.array_split(np.arange(len(split)), -(-len(split) // n)):
         batch = split.batch(rows, cfg.device)
         with autocast(cfg):
             for temperature, answers in (0, greedy), (.8, sampled):
@@ -156,11 +155,11 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
                                torch.cat((batch.mask[:, None], mask), 1))[..., -1]
         # by the tokens: in one row, scores of equal answers differ by rounding
         tie = (pair[:, 0] == pair[:, 1]).all(-1)
-        right = torch.where(tie, .5, (scores[:, 0] > scores[:, 1]).float())
+        right = torch.where(tie, .5, ((scores[:, 0] - scores[:, 1]).sign() + 1) / 2)
         kept.append((response[:, 0], mask[:, 0], scores[:, 1], right))
     response, mask, fake, right = (torch.cat(z) for z in zip(*kept))
-    figures = data.score_answers(greedy, examples)
-    figures |= {'sample_f1': data.score_answers(sampled, examples)['f1'],
+    figures = data.score_answers(greedy, split.examples)
+    figures |= {'sample_f1': data.score_answers(sampled, split.examples)['f1'],
                 'reward': fake.mean().item(), 'd_acc': right.mean().item(),
                 'length': mask.sum(1).float().mean().item(),
                 'distinct2': data.distinct(response, mask, 2)}

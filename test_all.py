@@ -532,6 +532,8 @@ def test_real_squad():
     enc = data.load_tokenizer('squad')
     dev = data.load_examples(str(SHARED / 'squad'), 'dev')
     assert len(dev) == 1895 and sum(not e['answers'] for e in dev) == 914
+    some = data.load_examples(str(SHARED / 'squad'), 'dev', 1000)           # evenly spread
+    assert len(some) == 1000 and some[0] == dev[0] and some[-1] in dev[-3:]
     train = data.load_examples(str(SHARED / 'squad'), 'train')
     split = data.Split(train, enc, 128, 32, train=True)
     assert len(split) == 12129 and split.cut_prompts > 5000
@@ -858,7 +860,7 @@ def test_ppo_update_takes_the_gradient_of_its_parts():
     assert (optimizers[1].kept - wanted_critic).abs().max() < 1e-5
     ratio = (logprobs - old).exp()[mask]
     told = {'g_loss': loss, 'v_loss': v_loss, 'approx_kl': (ratio - 1 - ratio.log()).mean(),
-            'mle': mle, 'pretrain': extra, 'g_norm': wanted.norm()}
+            'mle': mle, 'pretrain': extra, 'g_norm': wanted.norm(), 'v_norm': wanted_critic.norm()}
     assert figures.keys() == told.keys()
     assert all(abs(figures[k] - v.item()) < 1e-4 for k, v in told.items()), (figures, told)
 
@@ -1712,8 +1714,7 @@ def test_control_spends_the_time_of_a_run_on_mle():
     assert result.keys() == {'more MLE'} and len(rows) > 4
     assert all(r.keys() == {'sft_iter', 'mle', 'mle_norm'} for r in rows)
     assert load_checkpoint(out / 'ckpt.pt')['settings']['sft_iters'] == len(rows)
-    again = train(reinforce, out, '--resume')
-    assert again == result
+    assert train(reinforce, out, '--resume') == result
 
 
 def compiled_equals_eager(script, *more):
@@ -1762,9 +1763,7 @@ def test_bench_races_and_refuses():
             assert len(races) == 4 and all(s > 0 for r in races.values()
                                            for s in r['seconds'].values()), races
     assert 'of the limit' in out.getvalue()
-    for batch, samples in ('6', '4'), ('0', '4'), ('8', '0'):
-        raises(SystemExit, ['--batch', f'--samples {samples}'], bench.main,
-               ['--batch', batch, '--samples', samples])
+    raises(SystemExit, ['--batch', '--samples 4'], bench.main, ['--batch', '6'])
 
 
 def test_health_knows_a_collapse():
@@ -1782,8 +1781,9 @@ def test_a_collapse_stops_the_run():
     with patched(data, 'health', lambda *a: {**kept(*a), 'sick': True}):
         raises(FloatingPointError, ['collapsed by iteration 20', 'ckpt.pt'], train, reinforce, out,
                *SMALL, '--iters', '40', '--eval_interval', '10')
-    assert load_checkpoint(out / 'ckpt.pt')['iter'] == 0
-    assert 'collapsed' in records(out)[-1]
+        assert load_checkpoint(out / 'ckpt.pt')['iter'] == 0
+        train(reinforce, out, *SMALL, '--iters', '9', '--overwrite')         # the last is kept
+        assert load_checkpoint(out / 'ckpt.pt')['iter'] == 9 and 'final' in records(out)[-1]
 
 
 def command(script, *flags, expect=0, **kwargs):
@@ -1817,7 +1817,7 @@ def test_a_mistake_is_one_sentence():
             (reinforce, full, ['--tiny'], [str(full), '--resume', '--overwrite']),
             (reinforce, SCRATCH / 'gone', ['--resume'], ['--resume', 'no checkpoint']),
             (reinforce, new, ['--tiny', '--samples', '1'], ['--samples 1', '--baseline mean']),
-            (reinforce, new, ['--control', str(new)], ['--control', '--out_dir']),
+            (reinforce, new, ['--tiny', '--control', str(other)], ['--control', 'no timed']),
             (reinforce, new, ['--tiny', '--init_from', str(other / 'sft.pt'), '--max_prompt', '99'],
              ['--max_prompt 99', 'block size 32']),
             (ppo, new, ['--minibatch', '1000'], ['--minibatch 1000', '--batch_size 64']),
@@ -1848,8 +1848,7 @@ def test_offline_is_one_sentence():
         err = command('reinforce.py', *flags, '--device', 'cpu', '--out_dir', SCRATCH / 'offline',
                       expect=1, env=env).stderr.strip()
         assert '\n' not in err and all(w in err for w in words), err
-    raises(FileNotFoundError, ['squad_v2', 'offline', '--data'],
-           data.load_examples, 'squad_v2', 'dev')    # this process is told to be offline
+    raises(FileNotFoundError, ['squad_v2', 'offline'], data.load_examples, 'squad_v2', 'dev')
 
 
 def test_out_of_gpu_memory_is_one_sentence():
