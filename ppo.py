@@ -94,7 +94,7 @@ class Config:
 
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
-    device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=450, batch_size=128,
+    device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=350, batch_size=128,
     samples=2, micro_batch=128, beta=0.01, anchor=4.0, lr=4e-3, d_lr=2e-3,
     d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
     minibatch=64, critic_lr=4e-3, pretrain=.7,
