@@ -311,6 +311,17 @@ def check_fit(config, enc, cfg):
                          f'exceed its block size {config.block_size}: lower them')
 
 
+def check_resume(settings, given, known, file):
+    """Raises a ValueError if the run of a checkpoint cannot go on with the flags given."""
+    if settings.keys() - known:
+        raise ValueError(f'--resume: {file} is of another script, which has --'
+                         f'{min(settings.keys() - known)}: give the --out_dir of a run of this one')
+    for name in 'data context max_prompt max_response n_layer n_head n_embd sft_iters'.split():
+        if given.get(name, settings[name]) != settings[name]:
+            raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
+                             'leave it, or start another')
+
+
 def order(n, batch_size, seed, step):
     """
     Example numbers (batch_size,) of batch `step`: epochs of n, each shuffled by (seed, epoch).

@@ -124,10 +124,7 @@ def parse(argv=None):
             raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
                              'the --out_dir of a run')
         settings = {**load_checkpoint(file)['settings'], 'out_dir': str(out)}
-        unknown = settings.keys() - Config.__dataclass_fields__.keys()
-        if unknown:
-            raise ValueError(f'--resume: {file} is of another script, which has --{min(unknown)}: '
-                             'give the --out_dir of a run of this one')
+        data.check_resume(settings, given, Config.__dataclass_fields__.keys(), file)
     cfg = Config(**{**settings, **given})
     check(cfg)
     return cfg
