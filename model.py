@@ -136,7 +136,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.kept_cache = None            # reused: fresh memory is slow memory
+        self.caches = {}                  # kept: fresh memory is slow, graphs want the same one
         self.compiled = False
         self.init_weights()
 
@@ -204,22 +204,24 @@ class GPT(nn.Module):
         first = x[:, None, P - 1:P].expand(-1, K, -1, -1)                    # of the first tokens
         return torch.cat((first, x[:, P:].unflatten(1, (K, R - 1))), 2)
 
-    def response_logprobs(self, prompt, pad, response, temperature=1.0):
+    def response_logprobs(self, prompt, pad, response, temperature=1.0, entropy=False):
         """
         Log-probabilities of K responses to each prompt, each token given all to its left.
 
         prompt       (B, P) ids, pad (B,) padding tokens at the left of each row
         response     (B, K, R) ids
         temperature  divides the logits
+        entropy      whether it is wanted, for it takes passes over the logits
         returns      logprobs (B, K, R) in nats, with gradient,
-                     entropy (B, K, R) of the predicting distribution in nats, no gradient
+                     entropy (B, K, R) of the predicting distribution in nats, no gradient, or None
         """
         logits = self.head(self.response_hidden(prompt, pad, response) / temperature)
-        logprobs = -F.cross_entropy(logits.flatten(0, 2), response.flatten(), reduction='none')
+        logp = logits.log_softmax(-1)                                        # (B, K, R, V)
+        logprobs = logp.gather(-1, response[..., None])[..., 0]
+        if not entropy:
+            return logprobs, None
         with torch.no_grad():
-            logp = logits.log_softmax(-1)                                    # (B, K, R, V)
-            entropy = -(logp.exp() * logp).sum(-1)
-        return logprobs.view(response.shape), entropy
+            return logprobs, -(logp.exp() * logp).sum(-1)
 
     @torch.no_grad()
     def generate(self, prompt, pad, max_response, eos, samples=1, temperature=1.0, top_k=None,
@@ -246,7 +248,7 @@ class GPT(nn.Module):
         cache = self.cache(B, P + K * R)
         static = self.compiled or device.type == 'cuda'          # graphs want one shape
         if static:
-            rows = torch.arange(B, device=device)    # the prompts whose answers are not all over
+            rows = slice(None)           # the prompts whose answers are not all over
             x = self.hidden(self.embed(prompt), pad, P, R, cache)[:, -1:]
         else:
             rows = pad.argsort(stable=True)
@@ -266,8 +268,9 @@ class GPT(nn.Module):
             token = torch.where(alive, logits.argmax(-1), eos)               # (B, K)
             response[rows, :, t], mask[rows, :, t] = token, alive
             alive = alive & (token != eos)
-            if t + 1 == R or (device.type != 'cuda' and not alive.any()):
-                break           # on CUDA the look at `alive` would make the host wait each token
+            # on CUDA the host waits for a look at `alive`: every eighth token is enough
+            if t + 1 == R or ((device.type != 'cuda' or t % 8 == 7) and not alive.any()):
+                break
             left = alive.any(1)
             if not static and 2 * left.sum() <= len(left):
                 rows, token, pad, alive = (z[left] for z in (rows, token, pad, alive))
@@ -292,22 +295,24 @@ class GPT(nn.Module):
         return self.hidden(self.embed(token), pad, P, R, cache, t)
 
     def cache(self, rows, columns):
-        """Keys and values of each layer, (rows, H, columns, D), kept for the next call."""
+        """Keys and values of each layer, (rows, H, columns, D), of which the last three shapes are
+        kept: an evaluation and a rollout take turns."""
         c, weight = self.config, self.wte.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
-        shape = (rows, c.n_head, columns, c.n_embd // c.n_head), dtype, weight.device
-        if self.kept_cache is None or self.kept_cache[0] != shape:
-            self.kept_cache = None                   # let go of the old one before the new one
+        shape = rows, c.n_head, columns, c.n_embd // c.n_head
+        key = shape, dtype, weight.device
+        if key not in self.caches:
+            for old in list(self.caches)[:-2]:       # let go of it before the new one
+                del self.caches[old]
             # tensors of their own, for which a compiled step needs no copy of what it writes in
             # place; CUDA graphs allow that at a fixed address only
-            cache = [tuple(torch.zeros(shape[0], dtype=dtype, device=weight.device)
-                           for _ in range(2)) for _ in range(c.n_layer)]
-            for z in [z for layer in cache for z in layer]:
+            self.caches[key] = [[torch.zeros(shape, dtype=dtype, device=weight.device)
+                                 for _ in range(2)] for _ in range(c.n_layer)]
+            for z in sum(self.caches[key], []):
                 torch._dynamo.mark_static_address(z, guard=False)
-            self.kept_cache = shape, cache
-        return self.kept_cache[1]
+        return self.caches[key]
 
     def compile(self):
         """Compiles in place: each block (one graph serves all layers), on CUDA the decoding step
@@ -359,8 +364,8 @@ class GPT(nn.Module):
 
 
 def linear_in_float32(x, weight, bias=None):
-    """F.linear outside of autocast, in float32 (TF32 on CUDA): GPT-2's logits are around -100,
-    where bfloat16 has steps of 0.5, and two passes over the same tokens would disagree."""
+    """F.linear outside of autocast: GPT-2's logits are around -100, where bfloat16 has steps of
+    .5, and two passes over the same tokens would disagree. TF32, CUDA's, is good to .01 to .02."""
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(weight.dtype), weight, bias)
 
@@ -566,20 +571,26 @@ def load_checkpoint(path):
 
 
 def open_device(cfg):
-    """Joins the ranks of torchrun and resolves the device, dtype and compile of a script's Config.
-    Raises a ValueError naming the flag."""
+    """Joins the ranks of torchrun and resolves the device, dtype and compile of a script's Config;
+    returns them as they were, for a run to be resumed elsewhere. Raises a ValueError naming the
+    flag."""
+    given = {name: getattr(cfg, name) for name in ('device', 'dtype', 'compile')}
     if cfg.device == 'auto':
         cfg.device = ('cuda' if torch.cuda.is_available() else
                       'mps' if torch.backends.mps.is_available() else 'cpu')
     try:
         if 'LOCAL_RANK' in os.environ and cfg.device.startswith('cuda'):
             cfg.device = f'cuda:{os.environ["LOCAL_RANK"]}'
-            torch.cuda.set_device(cfg.device)
-        torch.empty(1, device=cfg.device)
+        device = torch.empty(1, device=cfg.device).device
+        cfg.device = str(device)                     # with its number
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'--device {cfg.device} is not to be had here: give another') from e
-    cuda = cfg.device.startswith('cuda')
-    cfg.dtype = ('bfloat16' if cuda else 'float32') if cfg.dtype == 'auto' else cfg.dtype
+    cuda = device.type == 'cuda'
+    if cuda:
+        torch.cuda.set_device(device)                # for timers, messages and ranks too
+    if cfg.dtype == 'auto':
+        fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg.dtype = 'bfloat16' if fast else 'float32'
     cfg.compile = cuda if cfg.compile is None else cfg.compile
     if 'LOCAL_RANK' in os.environ and not dist.is_initialized():
         dist.init_process_group('nccl' if cuda else 'gloo')
@@ -587,12 +598,13 @@ def open_device(cfg):
         keep_freed_memory()
     torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
     # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
-    torch._dynamo.config.cache_size_limit = 64     # recompile_limit since torch 2.7
+    torch._dynamo.config.recompile_limit = 64
     n_ranks = ranks()[1]
     for name in 'batch_size', 'sft_batch_size', 'minibatch':
         if getattr(cfg, name, 0) % n_ranks:
             raise ValueError(f'--{name} {getattr(cfg, name)} cannot be shared by {n_ranks} ranks: '
                              'give a multiple')
+    return given
 
 
 def keep_freed_memory(keep=True):
@@ -630,6 +642,12 @@ def open_folder(cfg):
     return out, lock
 
 
+def memory_full():
+    """The sentence for a torch.OutOfMemoryError."""
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30
+    return f'CUDA is out of memory at {peak:.1f} GiB: lower --micro_batch, then --batch_size'
+
+
 def catch_signals():
     """A list that SIGINT or SIGTERM puts its number into; a second one ends the process at once."""
     caught = []
@@ -648,10 +666,12 @@ class Log:
     Appends records, dicts, to out_dir/metrics.jsonl, below a header with the config, on rank 0, and
     prints the evaluations and every tenth of the others. A number that is not finite is a
     FloatingPointError. What a checkpoint to go on from does not know of, after `size` bytes, goes.
+    Checkpoints take `settings`, the config with device, dtype and compile as they were `given`.
     """
 
-    def __init__(self, out, cfg, size=0):
+    def __init__(self, out, cfg, given, size=0):
         self.path, self.writes = out / 'metrics.jsonl', not ranks()[0]
+        self.settings = {**asdict(cfg), **given, 'resume': False, 'overwrite': False}
         self.cuda, self.seconds, self.start = cfg.device.startswith('cuda'), {}, 0.0
         if self.writes and size and self.path.exists():
             os.truncate(self.path, min(size, self.size()))
@@ -703,12 +723,11 @@ class Log:
             'last healthy one; give a lower --lr or a higher --anchor or --beta')
 
 
-def save(path, generator, cfg, log, **more):
+def save(path, generator, log, **more):
     """Rank 0's checkpoint, which GPT.from_pretrained reads; with the settings, how much of the log
     it knows of, and what else is given. A time to give back freed memory, too."""
     keep_freed_memory(False)
-    if ranks()[0]:
-        return
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ('resume', 'overwrite')}
-    save_checkpoint(path, {'model': generator.state_dict(), 'gpt_config': asdict(generator.config),
-                           'settings': settings, 'log_size': log.size(), **more})
+    if not ranks()[0]:
+        save_checkpoint(path, {'model': generator.state_dict(), 'settings': log.settings,
+                               'gpt_config': asdict(generator.config), 'log_size': log.size(),
+                               **more})

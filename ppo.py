@@ -31,7 +31,7 @@ import data
 import sample
 from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast,
                    catch_signals, gathered, hold_last, linear_in_float32, load_checkpoint,
-                   open_device, open_folder, ranks, save, schedule, shard, update)
+                   memory_full, open_device, open_folder, ranks, save, schedule, shard, update)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -336,13 +336,14 @@ class Critic(Discriminator):
 
 @torch.no_grad()
 def look_back(generator, reference, critic, batch, roll, cfg):
-    """Log-probs, the reference's, values and entropies (B, K, R) before the first update, from the
-    forward pass of the updates, so that the first ratio is 1."""
+    """Log-probs, the reference's, values and entropies (B, K, R) before the first update, in the
+    updates' micro-batches, so that the first ratio is 1; compiled in bfloat16, about 1."""
     kept = []
     for part, r in data.parts(cfg.micro_batch, batch, roll):
         answers = part.prompt, part.pad, r.response
         with autocast(cfg):
-            logprobs, entropy = generator.response_logprobs(*answers, cfg.temperature)
+            logprobs, entropy = generator.response_logprobs(*answers, cfg.temperature,
+                                                            entropy=True)
             ref_logprobs, _ = reference.response_logprobs(*answers, cfg.temperature)
             kept.append((logprobs, ref_logprobs, critic(*answers), entropy))
     return [torch.cat(z) for z in zip(*kept)]
@@ -440,7 +441,7 @@ def warm_start(generator, train_set, out, log, caught, cfg):
     for step in tqdm(range(start, cfg.sft_iters + 1), 'warm start', disable=None):
         stop, over = all_sum(bool(caught)) > 0, step == cfg.sft_iters
         if stop or over or step % cfg.eval_interval == 0:
-            save(path, generator, cfg, log, sft_iter=step,
+            save(path, generator, log, sft_iter=step,
                  optimizer=None if over else optimizer.state_dict())
         if stop:
             return False
@@ -459,7 +460,7 @@ def train(cfg, caught=()):
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
-    open_device(cfg)
+    given = open_device(cfg)
     out, lock = open_folder(cfg)                     # the lock holds as long as it is kept
     rank = ranks()[0]
     torch.manual_seed(cfg.seed)
@@ -474,7 +475,7 @@ def train(cfg, caught=()):
     # warm start
     files = [out / 'ckpt.pt', out / 'sft.pt'] if cfg.resume else []
     saved = next((load_checkpoint(file) for file in files if file.exists()), {})
-    log = Log(out, cfg, saved.get('log_size', 0))
+    log = Log(out, cfg, given, saved.get('log_size', 0))
     if not warm_start(generator, train_set, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
@@ -500,7 +501,7 @@ def train(cfg, caught=()):
         due = it % cfg.eval_interval == 0 or it == cfg.iters
         stop = all_sum(bool(caught)) > 0
         if stop or it == cfg.iters or (due and not running['sick']):
-            save(out / 'ckpt.pt', generator, cfg, log, iter=it, running=running,
+            save(out / 'ckpt.pt', generator, log, iter=it, running=running,
                  **{name: part.state_dict() for name, part in stateful.items()})
         if due and rank == 0:
             figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
@@ -570,8 +571,7 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as e:
         sys.exit(str(e))
     except torch.OutOfMemoryError:
-        peak = torch.cuda.max_memory_allocated() / 2 ** 30
-        sys.exit(f'CUDA is out of memory at {peak:.1f} GiB: lower --micro_batch, then --batch_size')
+        sys.exit(memory_full())
     if caught:
         sys.exit(128 + caught[0])
 
