@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import GPT, Discriminator, autocast, hold_last, load_checkpoint
+from model import (GPT, Discriminator, autocast, hold_last, load_checkpoint, memory_full,
+                   open_device)
 
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32)
 
@@ -95,8 +96,9 @@ def answer(generator, split, rows, temperature, args):
     rng, parts = torch.Generator(args.device).manual_seed(args.seed), []
     for part in np.array_split(np.asarray(rows), -(-len(rows) // args.batch_size)):
         batch = split.batch(part, args.device)
-        roll = generator.generate(batch.prompt, batch.pad, split.responses.shape[1], split.eos,
-                                  temperature=temperature, top_k=args.top_k, rng=rng)
+        with autocast(args):
+            roll = generator.generate(batch.prompt, batch.pad, split.responses.shape[1], split.eos,
+                                      temperature=temperature, top_k=args.top_k, rng=rng)
         parts.append((roll.response[:, 0], roll.mask[:, 0]))
     return [torch.cat(z) for z in zip(*parts)]
 
@@ -141,8 +143,9 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     poster's temperature .8 and top-k 100.
     """
     rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
-    greedy, sampled, kept, n = [], [], [], cfg.micro_batch * cfg.samples
-    for rows in np.array_split(np.arange(len(split)), -(-len(split) // n)):
+    N, greedy, sampled, kept = len(split), [], [], []
+    n = min(N, cfg.micro_batch * cfg.samples)
+    for rows in np.resize(np.arange(N), (-(-N // n), n)):   # of one size, the last with the first's
         batch = split.batch(rows, cfg.device)
         with autocast(cfg):
             for temperature, answers in (0, greedy), (.8, sampled):
@@ -157,7 +160,8 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
         tie = (pair[:, 0] == pair[:, 1]).all(-1)
         right = torch.where(tie, .5, ((scores[:, 0] - scores[:, 1]).sign() + 1) / 2)
         kept.append((response[:, 0], mask[:, 0], scores[:, 1], right))
-    response, mask, fake, right = (torch.cat(z) for z in zip(*kept))
+    response, mask, fake, right = (torch.cat(z)[:N] for z in zip(*kept))
+    greedy, sampled = greedy[:N], sampled[:N]
     figures = data.score_answers(greedy, split.examples)
     figures |= {'sample_f1': data.score_answers(sampled, split.examples)['f1'],
                 'reward': fake.mean().item(), 'd_acc': right.mean().item(),
@@ -234,17 +238,19 @@ def fresh_discriminator(trunk, split, fake, fake_mask, args):
     def margins(rows):
         """Score of the gold answer over the sampled one's at every column, (n, R); `where`."""
         b, sampled, sampled_mask = split.batch(rows, args.device), fake[rows], fake_mask[rows]
-        scores = hold_last(network(b.prompt, b.pad, torch.stack((b.response, sampled), 1)),
-                           torch.stack((b.mask, sampled_mask), 1))           # (n, 2, R)
+        with autocast(args):
+            scores = hold_last(network(b.prompt, b.pad, torch.stack((b.response, sampled), 1)),
+                               torch.stack((b.mask, sampled_mask), 1))       # (n, 2, R)
         differ = (b.response != sampled).cumsum(1) > 0
         return scores[:, 0] - scores[:, 1], differ & (b.mask | sampled_mask)
 
     network.train()
     for step in tqdm(range(steps), 'fresh discriminator', disable=None, leave=False):
         rows = learn[data.order(len(learn), min(args.batch_size, len(learn)), args.seed, step)]
-        margin, where = margins(rows)
-        loss = ((F.softplus(-margin) * where).sum(1) / where.sum(1)).mean()
-        loss.backward()
+        for part in np.array_split(rows, -(-len(rows) // args.micro_batch)):
+            margin, where = margins(part)
+            loss = ((F.softplus(-margin) * where).sum(1) / where.sum(1)).sum() / len(rows)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.param_groups[0]['lr'] = lr * (1 - step / steps)
         optimizer.step()
@@ -282,14 +288,16 @@ def drift(generator, base, split, args):
     rng = torch.Generator(args.device).manual_seed(args.seed)
     for rows in np.array_split(np.arange(len(split)), -(-len(split) // args.batch_size)):
         batch = split.batch(rows, args.device)
-        roll = generator.generate(batch.prompt, batch.pad, batch.response.size(1), split.eos,
-                                  rng=rng)
-        logp, base_logp = (
-            g.head(g.response_hidden(batch.prompt, batch.pad, roll.response)).log_softmax(-1)
-            for g in (generator, base))                                      # (n, 1, R, V)
+        with autocast(args):
+            roll = generator.generate(batch.prompt, batch.pad, batch.response.size(1), split.eos,
+                                      rng=rng)
+            logp, base_logp = (
+                g.head(g.response_hidden(batch.prompt, batch.pad, roll.response)).log_softmax(-1)
+                for g in (generator, base))                                  # (n, 1, R, V)
+            logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad,
+                                                      batch.response[:, None])
         kl += ((logp.exp() * (logp - base_logp)).sum(-1) * roll.mask).sum().item()
         kl_tokens += roll.mask.sum().item()
-        logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response[:, None])
         nll -= (logprobs[:, 0] * batch.mask).sum().item()
         nll_tokens += batch.mask.sum().item()
     return kl / kl_tokens, nll / nll_tokens
@@ -352,8 +360,9 @@ def evaluate(args):
                   .format(**f['fresh']))
     out = Path(args.out or 'out/evaluation.json')
     out.parent.mkdir(parents=True, exist_ok=True)
-    setup = {'torch': torch.__version__, 'device': args.device, 'settings': settings,
-             'seed': args.seed, 'top_k': args.top_k, 'test_steps': args.test_steps}
+    setup = {'torch': torch.__version__, 'device': args.device, 'dtype': args.dtype,
+             'settings': settings, 'seed': args.seed, 'top_k': args.top_k,
+             'test_steps': args.test_steps}
     out.write_text(json.dumps({'setup': setup, 'results': results}, indent=1) + '\n')
 
 
@@ -485,10 +494,11 @@ FLAGS = {  # type, default, help
     'data': (str, None, 'as in training; by default what the checkpoint says'),
     'top_k': (int, 100, 'sample among so many tokens'),
     'seed': (int, 1, 'of the sampling noise'),
-    'batch_size': (int, 64, 'prompts at a time'),
+    'batch_size': (int, 64, 'prompts at a time, those that are learned from included'),
+    'micro_batch': (int, 16, 'prompts of one backward pass; lower it to save memory'),
     'test_steps': (int, 400, 'of the fresh discriminator, with --evaluate'),
     'test_lr': (float, None, 'its learning rate, .064 / n_embd'),
-    'device': (str, 'cuda' if torch.cuda.is_available() else 'cpu', 'cuda, cuda:1, mps or cpu')}
+    'device': (str, 'auto', 'cuda, cuda:1, mps or cpu; auto takes the first there is')}
 
 
 def main(argv=None):
@@ -502,14 +512,16 @@ def main(argv=None):
     what.add_argument('--plot', nargs='+', metavar='RUN', help='to draw the curves of')
     parser.add_argument('--temperature', type=float, nargs='+', default=[.8],
                         help='0 for greedy; several with --evaluate (default: .8)')
+    parser.add_argument('--dtype', choices=['auto', 'bfloat16', 'float32'], default='auto',
+                        help='of activations; auto: bfloat16 on CUDA (default: auto)')
     for name, (kind, default, note) in FLAGS.items():
         parser.add_argument(f'--{name}', type=kind, default=default,
                             help=note if default is None else f'{note} (default: {default})')
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(compile=False))
     args.prompts = (4000 if args.evaluate else 10) if args.prompts is None else args.prompts
     if args.ckpt and not args.question:
         parser.error('--ckpt needs --question')
-    for name in 'samples', 'prompts', 'top_k', 'batch_size', 'test_steps':
+    for name in 'samples', 'prompts', 'top_k', 'batch_size', 'micro_batch', 'test_steps':
         if getattr(args, name) < 1:
             parser.error(f'--{name} {getattr(args, name)}: give at least 1')
     for name, values in ('temperature', args.temperature), ('test_lr', [args.test_lr or 0]):
@@ -518,9 +530,12 @@ def main(argv=None):
     chosen = next(f for f in (compare, evaluate, table, plot, ask)
                   if f is ask or getattr(args, f.__name__))
     try:
+        open_device(args)
         chosen(args)
     except (ValueError, FileNotFoundError) as e:
         sys.exit(str(e))
+    except torch.OutOfMemoryError:
+        sys.exit(memory_full())
 
 
 if __name__ == '__main__':
