@@ -24,7 +24,7 @@ import torch
 
 import data
 import reinforce
-from model import GPT, GPTConfig, adamw, autocast, keep_freed_memory, update
+from model import GPT, GPTConfig, adamw, autocast, keep_freed_memory, open_device, update
 
 EOS = 50256
 # the makers' figures: TFLOP/s in dense bfloat16, GB/s of memory
@@ -116,10 +116,14 @@ def train_limit(gpt, rows, args):
     return 3 * rows * forward / tflops / 1e12
 
 
-def compiled(network):
-    network = copy.deepcopy(network)
-    network.compile()
-    return network
+def ours(network, args):
+    """Copies by a contestant's name: as the scripts run it on this device, and eager too."""
+    network.caches.clear()                           # or they would be copied
+    copies = {'ours': copy.deepcopy(network)}
+    if args.compile:
+        copies['ours, eager'] = copy.deepcopy(network)
+        copies['ours'].compile()
+    return copies
 
 
 def twin(gpt, args):
@@ -171,8 +175,9 @@ def bench_rollout(gpt, args, found):
     peer = twin(gpt, args)
     leaning = lean_to_eos(copy.deepcopy(gpt), args.mean_length)
     leaning_peer = twin(leaning, args)
+    plain, leaning = ours(gpt, args), ours(leaning, args)
 
-    def ours(model, ids, pad, K, eos):
+    def rollout(model, ids, pad, K, eos):
         def run():
             with autocast(args):
                 model.generate(ids, pad, args.response, eos, samples=K)
@@ -190,14 +195,12 @@ def bench_rollout(gpt, args, found):
 
     for B in args.batch:
         for title, one, other, K, ragged in (
-                ('equal lengths', gpt, peer, 1, False), (f'{args.samples} samples of each prompt',
-                                                         gpt, peer, args.samples, False),
+                ('equal lengths', plain, peer, 1, False), (f'{args.samples} samples of each prompt',
+                                                           plain, peer, args.samples, False),
                 ('ragged, early ends', leaning, leaning_peer, 1, True)):
             ids, pad = prompts(B // K, args, ragged)
             eos = EOS if ragged else EOS + 1
-            runs = {'ours': ours(one, ids, pad, K, eos)}
-            if args.compile:
-                runs['ours, compiled'] = ours(compiled(one), ids, pad, K, eos)
+            runs = {name: rollout(network, ids, pad, K, eos) for name, network in one.items()}
             if other is not None:
                 runs['transformers'] = theirs(other, ids, pad, K, 0 if ragged else args.response)
             report(f'rollout {args.dtype}, batch {B}, {title}', race(runs, args), found,
@@ -222,7 +225,7 @@ def bench_train(gpt, args, found):
     tokens = torch.cat((ids, response), 1)
     peer = twin(gpt, args)
 
-    def ours(network):
+    def training(network):
         optimizer = adamw(network)
 
         def run():
@@ -230,9 +233,7 @@ def bench_train(gpt, args, found):
             update(network, optimizer, 1e-5)
         return run
 
-    runs = {'ours': ours(copy.deepcopy(gpt))}
-    if args.compile:
-        runs['ours, compiled'] = ours(compiled(gpt))
+    runs = {name: training(network) for name, network in ours(gpt, args).items()}
     if peer is not None:
         peer_optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5, fused=True)
 
@@ -269,8 +270,10 @@ def bench_trl(gpt, args, found):
     batch = data.Batch(ids, pad, gold, torch.ones_like(gold).bool())
     generator, reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
     optimizer, rng = adamw(generator), torch.Generator(args.device)
+    if args.compile:
+        generator.compile(), reference.compile()
 
-    def ours():
+    def iteration():
         with autocast(cfg):
             roll = generator.generate(batch.prompt, batch.pad, args.response, EOS + 1, cfg.samples,
                                       rng=rng)
@@ -289,7 +292,7 @@ def bench_trl(gpt, args, found):
             if args.device.startswith('cuda'):
                 torch.cuda.synchronize()
             seconds["TRL's RLOO"].append(time.perf_counter() - self.start)
-            seconds['ours'].append(timed('ours', ours, args))
+            seconds['ours'].append(timed('ours', iteration, args))
 
     words = Tokenizer(models.WordLevel({f'w{i}': i for i in range(EOS + 1)}, unk_token='w0'))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -331,21 +334,18 @@ def main(argv=None):
     parser.add_argument('--n_layer', type=int, default=12)
     parser.add_argument('--n_head', type=int, default=12)
     parser.add_argument('--n_embd', type=int, default=768)
-    parser.add_argument('--dtype', choices=['float32', 'bfloat16'],
-                        help='bfloat16 on CUDA, float32 elsewhere')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--compile', action='store_true', help='our networks, compiled, too')
+    parser.add_argument('--dtype', choices=['auto', 'float32', 'bfloat16'], default='auto')
+    parser.add_argument('--device', default='auto')
+    parser.add_argument('--compile', action=argparse.BooleanOptionalAction,
+                        help='our networks, and eager ones beside them; on CUDA by default')
     parser.add_argument('--tflops', type=float, help="the device's peak, where PEAKS has none")
     parser.add_argument('--gbs', type=float, help='of its memory')
     parser.add_argument('--json', help='file to write')
     args = parser.parse_args(argv)
     if args.samples < 1 or any(n < 2 or n % args.samples for n in args.batch):
         sys.exit(f'--batch {args.batch} with --samples {args.samples}: give multiples, at least 2')
-    if not args.dtype:
-        args.dtype = 'bfloat16' if args.device.startswith('cuda') else 'float32'
+    open_device(args)
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision('high')                               # as the scripts do
-    torch._dynamo.config.cache_size_limit = 64
     gpt = GPT(GPTConfig(1024, EOS + 1, args.n_layer, args.n_head, args.n_embd)).to(args.device)
     gpt.eval()
     found = {}
