@@ -91,7 +91,8 @@ def peaks(args):
 
 def rollout_limit(gpt, prompts, K, args):
     """Seconds that arithmetic of the prompts and traffic of the tokens take at the peaks, or None:
-    each step reads all weights once, and a prompt's keys and values once for its K answers."""
+    each step reads all weights once, the head in float32, and a prompt's keys and values once for
+    its K answers."""
     tflops, gbs = peaks(args)
     if not tflops or not gbs:
         return None
@@ -100,7 +101,7 @@ def rollout_limit(gpt, prompts, K, args):
     P, R, width = args.prompt, args.response, c.n_layer * c.n_embd
     flops = prompts * (P * (2 * trunk + 2 * P * width) + 2 * head)
     cached = sum(P + K * t for t in range(1, R)) * prompts * 2 * width       # keys, values
-    traffic = ((R - 1) * (trunk + head) + cached) * size
+    traffic = (R - 1) * (trunk * size + head * 4) + cached * size
     return flops / tflops / 1e12 + traffic / gbs / 1e9
 
 
@@ -118,7 +119,6 @@ def train_limit(gpt, rows, args):
 
 def ours(network, args):
     """Copies by a contestant's name: as the scripts run it on this device, and eager too."""
-    network.caches.clear()                           # or they would be copied
     copies = {'ours': copy.deepcopy(network)}
     if args.compile:
         copies['ours, eager'] = copy.deepcopy(network)
@@ -271,7 +271,8 @@ def bench_trl(gpt, args, found):
     generator, reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
     optimizer, rng = adamw(generator), torch.Generator(args.device)
     if args.compile:
-        generator.compile(), reference.compile()
+        generator.compile()
+        reference.compile()
 
     def iteration():
         with autocast(cfg):
@@ -335,7 +336,7 @@ def main(argv=None):
     parser.add_argument('--n_head', type=int, default=12)
     parser.add_argument('--n_embd', type=int, default=768)
     parser.add_argument('--dtype', choices=['auto', 'float32', 'bfloat16'], default='auto')
-    parser.add_argument('--device', default='auto')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--compile', action=argparse.BooleanOptionalAction,
                         help='our networks, and eager ones beside them; on CUDA by default')
     parser.add_argument('--tflops', type=float, help="the device's peak, where PEAKS has none")
@@ -344,7 +345,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.samples < 1 or any(n < 2 or n % args.samples for n in args.batch):
         sys.exit(f'--batch {args.batch} with --samples {args.samples}: give multiples, at least 2')
-    open_device(args)
+    try:
+        open_device(args)
+    except ValueError as e:
+        sys.exit(str(e))
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(1024, EOS + 1, args.n_layer, args.n_head, args.n_embd)).to(args.device)
     gpt.eval()

@@ -11,6 +11,7 @@ real tokens only. What stands right of <|endoftext|> needs no mask here: attenti
 """
 
 import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -295,24 +296,26 @@ class GPT(nn.Module):
         return self.hidden(self.embed(token), pad, P, R, cache, t)
 
     def cache(self, rows, columns):
-        """Keys and values of each layer, (rows, H, columns, D), of which the last three shapes are
-        kept: an evaluation and a rollout take turns."""
+        """Keys and values of each layer, (rows, H, columns, D), kept in the three shapes that were
+        asked for last: an evaluation and a rollout take turns."""
         c, weight = self.config, self.wte.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
         shape = rows, c.n_head, columns, c.n_embd // c.n_head
         key = shape, dtype, weight.device
-        if key not in self.caches:
+        cache = self.caches.pop(key, None)
+        if cache is None:
             for old in list(self.caches)[:-2]:       # let go of it before the new one
                 del self.caches[old]
-            # tensors of their own, for which a compiled step needs no copy of what it writes in
-            # place; CUDA graphs allow that at a fixed address only
-            self.caches[key] = [[torch.zeros(shape, dtype=dtype, device=weight.device)
-                                 for _ in range(2)] for _ in range(c.n_layer)]
-            for z in sum(self.caches[key], []):
+            # a tensor each, so that a compiled step writes in place instead of copying the cache;
+            # CUDA graphs take that because the address is marked as static
+            cache = [[torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2)]
+                     for _ in range(c.n_layer)]
+            for z in sum(cache, []):
                 torch._dynamo.mark_static_address(z, guard=False)
-        return self.caches[key]
+        self.caches[key] = cache                     # as the last one
+        return cache
 
     def compile(self):
         """Compiles in place: each block (one graph serves all layers), on CUDA the decoding step
@@ -365,7 +368,8 @@ class GPT(nn.Module):
 
 def linear_in_float32(x, weight, bias=None):
     """F.linear outside of autocast: GPT-2's logits are around -100, where bfloat16 has steps of
-    .5, and two passes over the same tokens would disagree. TF32, CUDA's, is good to .01 to .02."""
+    .5, and two passes over the same tokens would disagree. With TF32, as on CUDA, logits near -100
+    err by .01 to .02 (simulated)."""
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(weight.dtype), weight, bias)
 
@@ -591,7 +595,8 @@ def open_device(cfg):
     if cfg.dtype == 'auto':
         fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.dtype = 'bfloat16' if fast else 'float32'
-    cfg.compile = cuda if cfg.compile is None else cfg.compile
+    if cfg.compile is None:                          # Windows may have no Triton
+        cfg.compile = cuda and importlib.util.find_spec('triton') is not None
     if 'LOCAL_RANK' in os.environ and not dist.is_initialized():
         dist.init_process_group('nccl' if cuda else 'gloo')
     if not cuda:
@@ -663,10 +668,10 @@ def autocast(cfg):
 
 class Log:
     """
-    Appends records, dicts, to out_dir/metrics.jsonl, below a header with the config, on rank 0, and
-    prints the evaluations and every tenth of the others. A number that is not finite is a
-    FloatingPointError. What a checkpoint to go on from does not know of, after `size` bytes, goes.
-    Checkpoints take `settings`, the config with device, dtype and compile as they were `given`.
+    Appends records, dicts, to out_dir/metrics.jsonl, on rank 0, below a header with the config and
+    the device that it began on; prints the evaluations and every tenth of the others. A number that
+    is not finite is a FloatingPointError. What a checkpoint to go on from does not know of, after
+    `size` bytes, goes. Checkpoints take `settings`, with device, dtype and compile as `given`.
     """
 
     def __init__(self, out, cfg, given, size=0):

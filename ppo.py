@@ -337,7 +337,7 @@ class Critic(Discriminator):
 @torch.no_grad()
 def look_back(generator, reference, critic, batch, roll, cfg):
     """Log-probs, the reference's, values and entropies (B, K, R) before the first update, in the
-    updates' micro-batches, so that the first ratio is 1; compiled in bfloat16, about 1."""
+    updates' micro-batches, so that the first ratio is 1 but for rounding in bfloat16."""
     kept = []
     for part, r in data.parts(cfg.micro_batch, batch, roll):
         answers = part.prompt, part.pad, r.response

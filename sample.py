@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (GPT, Discriminator, autocast, hold_last, load_checkpoint, memory_full,
-                   open_device)
+from model import (GPT, Discriminator, autocast, hold_last, keep_freed_memory, load_checkpoint,
+                   memory_full, open_device)
 
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32)
 
@@ -90,25 +90,31 @@ def read_run(path):
 # looking
 
 
+def batches(split, size):
+    """Example numbers of a split in batches of one size, which graphs and kept caches want; the
+    last goes on with the first examples, so cut what comes of them to len(split)."""
+    n = min(size, len(split))
+    return np.resize(np.arange(len(split)), (-(-len(split) // n), n))
+
+
 @torch.no_grad()
-def answer(generator, split, rows, temperature, args):
-    """One sampled response to each of these examples of a split, as ids (N, R) and mask (N, R)."""
+def answer(generator, split, temperature, args):
+    """One sampled response to each example of a split, as ids (N, R) and mask (N, R)."""
     rng, parts = torch.Generator(args.device).manual_seed(args.seed), []
-    for part in np.array_split(np.asarray(rows), -(-len(rows) // args.batch_size)):
-        batch = split.batch(part, args.device)
+    for rows in batches(split, args.batch_size):
+        batch = split.batch(rows, args.device)
         with autocast(args):
             roll = generator.generate(batch.prompt, batch.pad, split.responses.shape[1], split.eos,
                                       temperature=temperature, top_k=args.top_k, rng=rng)
         parts.append((roll.response[:, 0], roll.mask[:, 0]))
-    return [torch.cat(z) for z in zip(*parts)]
+    return [torch.cat(z)[:len(split)] for z in zip(*parts)]
 
 
 def ask(args):
     """Answers args.question with args.ckpt."""
     example = {'question': args.question, 'context': args.context or '', 'answers': []}
     enc, split, _ = task_of([args.ckpt], args, [example] * args.samples)
-    ids = answer(load(args.ckpt, enc, args.device), split, range(args.samples),
-                 args.temperature[0], args)
+    ids = answer(load(args.ckpt, enc, args.device), split, args.temperature[0], args)
     print('\n'.join(data.to_text(*ids, enc)))
 
 
@@ -120,8 +126,7 @@ def compare(args):
                'gold': [' | '.join(dict.fromkeys(e['answers'])) or data.UNANSWERABLE
                         for e in split.examples]}
     for name, source in named:
-        ids = answer(load(source, enc, args.device), split, range(len(split)),
-                     args.temperature[0], args)
+        ids = answer(load(source, enc, args.device), split, args.temperature[0], args)
         columns[name] = data.to_text(*ids, enc)
     width = max(map(len, columns))
     for row in zip(*columns.values()):
@@ -144,8 +149,7 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     """
     rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
     N, greedy, sampled, kept = len(split), [], [], []
-    n = min(N, cfg.micro_batch * cfg.samples)
-    for rows in np.resize(np.arange(N), (-(-N // n), n)):   # of one size, the last with the first's
+    for rows in batches(split, cfg.micro_batch * cfg.samples):
         batch = split.batch(rows, cfg.device)
         with autocast(cfg):
             for temperature, answers in (0, greedy), (.8, sampled):
@@ -284,9 +288,8 @@ def cheat(real, fake, learn, judge):
 def drift(generator, base, split, args):
     """Nats per token: KL(generator || base), exact at each token of its own samples; and the mean
     -log probability that it gives to the gold answers."""
-    kl = kl_tokens = nll = nll_tokens = 0.0
-    rng = torch.Generator(args.device).manual_seed(args.seed)
-    for rows in np.array_split(np.arange(len(split)), -(-len(split) // args.batch_size)):
+    rng, sums = torch.Generator(args.device).manual_seed(args.seed), []
+    for rows in batches(split, args.batch_size):
         batch = split.batch(rows, args.device)
         with autocast(args):
             roll = generator.generate(batch.prompt, batch.pad, batch.response.size(1), split.eos,
@@ -296,19 +299,18 @@ def drift(generator, base, split, args):
                 for g in (generator, base))                                  # (n, 1, R, V)
             logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad,
                                                       batch.response[:, None])
-        kl += ((logp.exp() * (logp - base_logp)).sum(-1) * roll.mask).sum().item()
-        kl_tokens += roll.mask.sum().item()
-        nll -= (logprobs[:, 0] * batch.mask).sum().item()
-        nll_tokens += batch.mask.sum().item()
-    return kl / kl_tokens, nll / nll_tokens
+        kl = (logp.exp() * (logp - base_logp)).sum(-1) * roll.mask           # (n, 1, R)
+        sums.append([z.flatten(1).sum(1).cpu() for z in
+                     (kl, roll.mask, -logprobs[:, 0] * batch.mask, batch.mask)])
+    kl, tokens, nll, gold_tokens = (torch.cat(z)[:len(split)].double().sum().item()
+                                  for z in zip(*sums))
+    return kl / tokens, nll / gold_tokens
 
 
 def judge(generator, base, split, enc, temperature, args):
     """All figures of one checkpoint at one temperature, as a dict; the table's are percent."""
-    rows = range(len(split))
-    with torch.no_grad():
-        greedy = data.to_text(*answer(generator, split, rows, 0, args), enc)
-        response, mask = answer(generator, split, rows, temperature, args)
+    greedy = data.to_text(*answer(generator, split, 0, args), enc)
+    response, mask = answer(generator, split, temperature, args)
     figures = data.score_answers(greedy, split.examples)
     figures['sample_f1'] = data.score_answers(data.to_text(response, mask, enc),
                                               split.examples)['f1']
@@ -353,6 +355,7 @@ def evaluate(args):
             f |= {'prompts': len(split), 'temperature': temperature, 'source': source}
             label = name if len(args.temperature) == 1 else f'{name}, T {temperature}'
             results[label].append(f)
+            keep_freed_memory(False)
             print(f'\n{label}: ' + ', '.join(f'{k} {v(f):{spec}}' for k, (spec, v)
                                              in COLUMNS.items()))
             print('  told apart {accuracy:.1%} [{low:.1%}, {high:.1%}] of {pairs} pairs, {ties} '
@@ -530,7 +533,8 @@ def main(argv=None):
     chosen = next(f for f in (compare, evaluate, table, plot, ask)
                   if f is ask or getattr(args, f.__name__))
     try:
-        open_device(args)
+        if chosen not in (table, plot):
+            open_device(args)
         chosen(args)
     except (ValueError, FileNotFoundError) as e:
         sys.exit(str(e))

@@ -5,6 +5,8 @@ Everything checked, on a CPU and offline: `python test_all.py [part of a name]`,
 import collections
 import contextlib
 import ctypes
+import gc
+import importlib.util
 import inspect
 import io
 import itertools
@@ -1734,10 +1736,10 @@ def compiled_equals_eager(script, *more, bound=1e-4):
     if not shutil.which('g++') and not torch.cuda.is_available():
         raise unittest.SkipTest('torch.compile needs g++ on CPU')
     torch._dynamo.reset()                            # what another script compiled is not its own
-    figures, graphs, step = [], [], script.discriminator_step
+    figures, seen, step = [], [], script.discriminator_step
 
     def counted(*args):
-        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+        seen.append(graphs())
         return step(*args)
 
     for flag in '--no-compile', '--compile':
@@ -1749,9 +1751,9 @@ def compiled_equals_eager(script, *more, bound=1e-4):
                   '--n_layer', '2', *more)
         figures.append([r for r in records(out) if 'g_loss' in r])
     assert len(figures[0]) >= 4
-    start, first, second, *later = graphs[5:]        # of the compiled run, before each iteration
-    assert second > start and all(n == second for n in later), graphs
-    assert second - graphs[0] < 16, graphs           # one for all layers, or it were twice as many
+    start, first, second, *later = seen[5:]          # of the compiled run, before each iteration
+    assert second > start and all(n == second for n in later), seen
+    assert second - seen[0] < 16, seen               # one for all layers, or it were twice as many
     for a, b in zip(*figures):
         for key in 'g_norm', 'kl', 'entropy', 'reward', 'd_loss', 'mle', 'v_loss', 'pretrain':
             if key in a:
@@ -1998,10 +2000,10 @@ class Pretend(torch.Tensor):
 
 class Gpu(TorchDispatchMode):
     """
-    Within it there is a GPU, for one who only looks. What a real one refuses, it refuses: operands
-    on two devices, a generator of another. `waits` counts what would make the host wait, by name.
+    Within it there is a GPU, for one who only looks. It refuses, as a real one does, operands on
+    two devices and a generator of another. `waits` counts what would make the host wait, by name.
     With place='meta' nothing is computed, what is read is 1, and `peak` is the most bytes that the
-    tensors had at once.
+    tensors had at once. Other faults than these go unseen.
     """
     reads = {aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero,
              aten.masked_select, aten.unique_consecutive}
@@ -2157,8 +2159,9 @@ def test_a_run_that_moves_to_a_gpu_goes_on():
 
 
 def test_flags_left_to_auto_take_what_the_gpu_has():
-    for given, bf16, wanted in (({}, True, ['cuda:0', 'bfloat16', True]),
-                                ({}, False, ['cuda:0', 'float32', True]),
+    triton = importlib.util.find_spec('triton') is not None
+    for given, bf16, wanted in (({}, True, ['cuda:0', 'bfloat16', triton]),
+                                ({}, False, ['cuda:0', 'float32', triton]),
                                 ({'dtype': 'bfloat16', 'compile': False}, False,
                                  ['cuda:0', 'bfloat16', False])):
         cfg, calls = reinforce.Config(**given), []
@@ -2166,8 +2169,8 @@ def test_flags_left_to_auto_take_what_the_gpu_has():
             before = model.open_device(cfg)
         assert [cfg.device, cfg.dtype, cfg.compile] == wanted and calls == [torch.device('cuda:0')]
         assert reinforce.Config(**before) == reinforce.Config(**given)
-    raises(ValueError, ['--device cuda:7', 'another'], model.open_device,
-           reinforce.Config(device='cuda:7'))
+    raises(ValueError, ['--device cuda:99', 'another'], model.open_device,
+           reinforce.Config(device='cuda:99'))
 
 
 def test_the_token_loop_makes_no_host_wait():
@@ -2229,7 +2232,7 @@ def at_the_defaults(script, device, *flags):
         script.train(cfg)
 
 
-CARD = {reinforce: 14, ppo: 20, gumbel: 20}          # GiB that the README promises
+CARD = {reinforce: 12, ppo: 16, gumbel: 16}          # GiB, as the README has it
 
 
 def peak(script, *flags):
@@ -2239,30 +2242,29 @@ def peak(script, *flags):
     return gpu.peak / 2 ** 30
 
 
-def test_reinforce_fits_its_card():
-    assert 6 < peak(reinforce) < CARD[reinforce]
+def test_reinforce_fits_its_card():                  # a test each: they take long
+    assert 8 < peak(reinforce) < 9 < CARD[reinforce]
 
 
 def test_ppo_fits_its_card():
-    assert 6 < peak(ppo) < CARD[ppo]
+    assert 10.4 < peak(ppo) < 11.4 < CARD[ppo]
 
 
 def test_gumbel_fits_its_card():
-    assert 6 < peak(gumbel) < CARD[gumbel]
+    assert 12.1 < peak(gumbel) < 13.1 < CARD[gumbel]
 
 
 def test_micro_batches_save_memory():
-    for script in SCRIPTS:
-        few = ['--n_layer', '1', '--batch_size', '16', '--micro_batch', '4']
-        few += ['--minibatch', '16'] if script is ppo else []
-        most, least = (peak(script, *few, '--micro_batch', n) for n in ('16', '4'))
-        assert least < .7 * most, (script.__name__, least, most)
+    few = ['--n_layer', '1', '--batch_size', '16', '--sft_batch_size', '16']
+    for script in reinforce, gumbel:
+        most, least = (peak(script, *few, '--micro_batch', n) for n in ('16', '8'))
+        assert least < .85 * most, (script.__name__, least, most)
 
 
 def test_a_judge_fits_its_card():
     args = SimpleNamespace(device='cuda:0', dtype='bfloat16', seed=1, batch_size=64, micro_batch=16,
                            top_k=100, test_steps=2, test_lr=None)
-    split = Shapes(128, reinforce.Config())
+    split = Shapes(130, reinforce.Config())          # two batches and two more
     with (patched(GPT, 'init_weights', lambda self: None), Gpu('meta') as gpu,
           patched(GPT, 'decode', lambda self, token, *a: self.embed(token))):
         generator, base = (GPT(GPTConfig()).to('cuda:0').eval() for _ in range(2))
@@ -2270,12 +2272,42 @@ def test_a_judge_fits_its_card():
     assert gpu.peak < 8 * 2 ** 30, gpu.peak / 2 ** 30
 
 
+def test_caches_of_three_shapes_are_kept():
+    gpt = tiny_gpt()
+    kept = [gpt.cache(rows, 9) for rows in (1, 2, 3)]
+    assert all(gpt.cache(rows, 9) is kept[rows - 1] for rows in (2, 3, 1))
+    gpt.cache(4, 9)                                  # in place of what was asked for first
+    assert len(gpt.caches) == 3 and gpt.cache(1, 9) is kept[0] and gpt.cache(3, 9) is kept[2]
+    assert gpt.cache(2, 9) is not kept[1]
+    address = [z.data_ptr() for z in sum(gpt.cache(1, 9), [])]
+    assert len(set(address)) == 4                    # keys and values of two layers
+
+
+def test_an_evaluation_is_the_same_in_batches_of_any_size():
+    """What is drawn apart: with the eos likeliest, that is nothing."""
+    split, _, enc = people(7)
+    gpt = tiny_gpt(vocab_size=enc.n_vocab, block_size=40)
+    judge = tiny_discriminator(vocab_size=enc.n_vocab, block_size=40)
+    found, args = [], judging(1)
+    with torch.no_grad():
+        gpt.ln_f.bias[0], gpt.wte.weight[enc.eot_token, 0] = 60., 9.
+    for n in 3, 5, 7:
+        cfg, args.batch_size = reinforce.Config(device='cpu', dtype='float32', max_response=6,
+                                                micro_batch=n, samples=1), n
+        assert {len(rows) for rows in sample.batches(split, n)} == {n}
+        figures, texts = sample.evaluate_run(gpt, judge, split, enc, cfg)
+        assert len(texts) == len(sample.answer(gpt, split, .8, args)[0]) == 7
+        found.append([*figures.values(), *sample.drift(gpt, gpt, split, args)])
+    assert np.allclose(found[0], found[2], atol=1e-5) and np.allclose(found[1], found[2], atol=1e-5)
+
+
 def graphs():
     return torch._dynamo.utils.counters['stats']['unique_graphs']
 
 
 def test_a_second_cycle_compiles_nothing():
-    """After warm start, evaluation and two rollouts with what they teach; sizes as they come."""
+    """After warm start, evaluation and two rollouts with what they teach; in two micro-batches, an
+    evaluation in two batches of which the last is not full."""
     def compile_all(network):
         network.compiled = True
         for block in network.h:
@@ -2287,7 +2319,7 @@ def test_a_second_cycle_compiles_nothing():
     with (patched(GPT, 'compile', compile_all), patched(
             sample, 'evaluate_run', lambda *a: seen.append(graphs()) or evaluate(*a))):
         train(reinforce, folder('cycles'), *SMALL, '--compile', '--n_layer', '2', '--iters', '6',
-              '--d_warmup_iters', '0')
+              '--d_warmup_iters', '0', '--micro_batch', '4')
     assert seen[0] < seen[1] == seen[2] == seen[3] < seen[0] + 16, seen
 
 
@@ -2368,18 +2400,21 @@ def test_cuda_logits_and_tokens_equal_the_cpus():
     """In float32; tokens under one noise, eager and compiled, decoding under CUDA graphs, in one
     shape after the other and back."""
     needs_a_gpu()
+    from torch._inductor.cudagraph_trees import CUDAGraphNode
     plain = tiny_gpt(block_size=96, n_layer=3, **SIZE)
     eager, fast = (GPT(plain.config).to(CUDA).eval() for _ in range(2))
     for copied in eager, fast:
         copied.load_state_dict(plain.state_dict())
     fast.compile()
-    draw = model.exponential
+    draw, record, recorded = model.exponential, CUDAGraphNode.__init__, []
     noises = patched(model, 'exponential', lambda shape, like, rng: draw(
         shape, torch.empty(0), rng).to(like.device))
-    with precision('highest'), noises, torch.no_grad():
+    watched = patched(CUDAGraphNode, '__init__', lambda *a, **k: recorded.append(a) or record(
+        *a, **k))
+    with precision('highest'), noises, watched, torch.no_grad():
         for turn, (B, K, P) in enumerate([(5, 3, 24), (16, 1, 24), (5, 3, 40)] * 3):
             if turn == 3:
-                before = graphs()
+                before = graphs(), len(recorded)
             rng = torch.Generator().manual_seed(turn)
             prompt, pad = torch.randint(0, 12, (B, P), generator=rng), torch.arange(B) % 7
             wanted = plain(prompt, pad)
@@ -2389,7 +2424,22 @@ def test_cuda_logits_and_tokens_equal_the_cpus():
                      ((plain, 'cpu'), (eager, CUDA), (fast, CUDA))]
             for roll in rolls[1:]:
                 assert all(torch.equal(a, b.cpu()) for a, b in zip(rolls[0], roll)), turn
-    assert graphs() == before
+    assert (graphs(), len(recorded)) == before and recorded and not skipped()
+
+
+def skipped():
+    """How often inductor left CUDA graphs out, of which it says nothing."""
+    return torch._dynamo.utils.counters['inductor']['cudagraph_skips']
+
+
+def test_cuda_defaults_decode_under_graphs_in_bfloat16():
+    """Everything left to auto, as `python reinforce.py --device cuda` has it."""
+    needs_a_gpu()
+    out = folder('auto')
+    train(reinforce, out, *SMALL, '--n_embd', '128', '--n_head', '2', '--device', 'cuda')
+    header = json.loads((out / 'metrics.jsonl').read_text().splitlines()[0])
+    assert header['config']['dtype'] == 'bfloat16' and header['config']['compile'] is True
+    assert header['config']['device'] == 'cuda:0' and not skipped()
 
 
 def test_cuda_token_loop_does_not_wait():
@@ -2435,7 +2485,7 @@ def cuda_run(script, *more):
     flags = ['--device', CUDA, '--dtype', 'float32', *more]
     whole, parts = (folder(f'{name} cuda {script.__name__}') for name in ('whole', 'parts'))
     with precision('highest'), patched(torch, 'set_float32_matmul_precision', lambda name: None):
-        compiled_equals_eager(script, *flags, bound=.01)
+        compiled_equals_eager(script, *flags, '--n_layer', '1', bound=.01)
         flags = [*SMALL_OF[script], *flags, '--no-compile']
         train(script, whole, *flags)
         assert train(script, parts, *flags, caught=After(parts, 'reward', 2)) is None
@@ -2456,8 +2506,10 @@ def test_cuda_gumbel_runs():
 
 
 def test_cuda_memory_is_what_was_promised():
+    """Eager, as on the pretend GPU."""
     needs_a_gpu()
     for script, most in CARD.items():
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         at_the_defaults(script, CUDA)
@@ -2489,6 +2541,7 @@ def run(name):
 def main(part=''):
     """Runs the tests whose name holds `part`; exit code 1 if one fails or none matched."""
     os.environ['OMP_NUM_THREADS'] = '1'              # one core a process, and its subprocesses
+    os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '2'
     names = [n for n in globals() if n.startswith('test_') and part in n]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context('spawn')) as pool:
         longest_first = sorted(names, key=lambda n: 'compiled' not in n)
