@@ -2169,6 +2169,11 @@ def test_flags_left_to_auto_take_what_the_gpu_has():
             before = model.open_device(cfg)
         assert [cfg.device, cfg.dtype, cfg.compile] == wanted and calls == [torch.device('cuda:0')]
         assert reinforce.Config(**before) == reinforce.Config(**given)
+    cfg, calls = reinforce.Config(device='cuda:1'), []
+    with (Gpu(), patched(torch.cuda, 'set_device', calls.append), patched(
+            torch, 'empty', lambda n, device: SimpleNamespace(device=torch.device(device)))):
+        model.open_device(cfg)
+    assert cfg.device == 'cuda:1' and calls == [torch.device('cuda:1')]
     raises(ValueError, ['--device cuda:99', 'another'], model.open_device,
            reinforce.Config(device='cuda:99'))
 
