@@ -394,20 +394,24 @@ def f1(prediction, gold):
     return 2 * same / (len(predicted) + len(wanted))
 
 
+def score_answer(prediction, example):
+    """Exact match and F1 in [0, 1] of one answer, each the best over all gold answers, as SQuAD 2.0
+    defines them; `unanswerable` counts as the empty string."""
+    prediction = '' if normalize(prediction) == UNANSWERABLE else prediction
+    golds = [a for a in example['answers'] if normalize(a)] or ['']
+    return (float(max(normalize(prediction) == normalize(g) for g in golds)),
+            max(f1(prediction, g) for g in golds))
+
+
 def score_answers(predictions, examples):
     """
-    Exact match and F1 in percent, each the best over all gold answers, as SQuAD 2.0 defines them.
+    Means of `score_answer` in percent.
 
-    predictions  a string for each example; `unanswerable` counts as the empty string
+    predictions  a string for each example
     returns      dict: em, f1, and both for has_ (answerable) and no_ (unanswerable) examples;
                  a group without examples is left out
     """
-    rows = []
-    for prediction, example in zip(predictions, examples, strict=True):
-        prediction = '' if normalize(prediction) == UNANSWERABLE else prediction
-        golds = [a for a in example['answers'] if normalize(a)] or ['']
-        rows.append((max(normalize(prediction) == normalize(g) for g in golds),
-                     max(f1(prediction, g) for g in golds)))
+    rows = [score_answer(*pair) for pair in zip(predictions, examples, strict=True)]
     rows = 100 * np.array(rows, float).reshape(-1, 2)
     has = np.array([bool(e['answers']) for e in examples])
     out = {}

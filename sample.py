@@ -27,7 +27,8 @@ import data
 from model import (GPT, Discriminator, autocast, hold_last, keep_freed_memory, load_checkpoint,
                    memory_full, open_device)
 
-DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32)
+JUDGES = 3                       # fresh discriminators to a figure
+DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32, temperature=1.0)
 
 # -----------------------------------------------------------------------------
 # checkpoints, runs and their names
@@ -35,7 +36,8 @@ DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32)
 
 def task_of(sources, args, examples=None):
     """The tokenizer, a Split of --prompts dev examples, or of those given, and the settings, as the
-    first .pt file among sources was trained; DEFAULTS if there is none, and --data wins."""
+    first .pt file among sources was trained; DEFAULTS if there is none. --data and --temperature
+    win; the latter is set if it was not given."""
     settings = dict(DEFAULTS)
     trained = next((source for source in sources if Path(source).suffix == '.pt'), None)
     if trained:
@@ -44,6 +46,7 @@ def task_of(sources, args, examples=None):
             raise ValueError(f'{trained} holds no settings: give a ckpt.pt or sft.pt of ours')
         settings = {name: saved['settings'][name] for name in DEFAULTS}
     settings['data'] = args.data or settings['data']
+    args.temperature = args.temperature or [settings['temperature']]
     enc = data.load_tokenizer(settings['data'])
     if examples is None:
         examples = data.load_examples(settings['data'], 'dev', args.prompts)
@@ -144,18 +147,18 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
 
     em and f1 are of greedy answers, in percent (has_ and no_: of answerable and unanswerable
     questions); sample_f1, reward (mean score in logits), d_acc (share of pairs told apart, a tie
-    counting half), length (tokens with eos) and distinct2 of one sample of each prompt, at the
-    poster's temperature .8 and top-k 100.
+    counting half), length (tokens with eos) and distinct2 of one sample of each prompt, drawn as
+    in a rollout.
     """
     rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
     N, greedy, sampled, kept = len(split), [], [], []
     for rows in batches(split, cfg.micro_batch * cfg.samples):
         batch = split.batch(rows, cfg.device)
         with autocast(cfg):
-            for temperature, answers in (0, greedy), (.8, sampled):
+            for temperature, answers in (0, greedy), (cfg.temperature, sampled):
                 response, mask, _ = generator.generate(
                     batch.prompt, batch.pad, cfg.max_response, split.eos,
-                    temperature=temperature, top_k=100, rng=rng)             # (n, 1, R)
+                    temperature=temperature, rng=rng)                        # (n, 1, R)
                 answers += data.to_text(response[:, 0], mask[:, 0], enc)
             pair = torch.cat((batch.response[:, None], response), 1)         # (n, 2, R)
             scores = hold_last(discriminator(batch.prompt, batch.pad, pair),
@@ -198,14 +201,16 @@ def finish(networks, discriminator, split, enc, out, cfg):
 # judging
 
 
-def interval(right, n):
-    """95% interval of a share of `right` (halves allowed) in n trials (Wilson 1927)."""
-    z, p = 1.96, right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+def interval(right, passages):
+    """95% interval of the mean of right (n,), each of a passage, a name, by bootstrap over passages
+    (Efron 1979): trials on one passage are not independent."""
+    place = np.unique(passages, return_inverse=True)[1]
+    sums, counts, rng = np.bincount(place, right), np.bincount(place), np.random.default_rng(0)
+    drawn = [rng.integers(len(sums), size=len(sums)) for _ in range(2000)]
+    return np.quantile([sums[d].sum() / counts[d].sum() for d in drawn], (.025, .975)).tolist()
 
 
-def halves(examples, seed=0):
+def halves(examples, seed):
     """Numbers of the examples of either half; no context, so no prompt, is in both."""
     contexts = list(dict.fromkeys(e['context'] for e in examples))
     if len(contexts) < 2:
@@ -216,25 +221,23 @@ def halves(examples, seed=0):
             for half in (0, 1)]
 
 
-def fresh_discriminator(trunk, split, fake, fake_mask, args):
+def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
     """
-    A new discriminator's accuracy at telling gold from sampled answers to prompts it has not seen:
-    the classifier two-sample test of Lopez-Paz and Oquab 2017; 50% cannot be told apart.
+    Whether a new discriminator, and two trivial cheats, are right about pairs of a gold and a
+    sampled answer to prompts that they have not seen.
 
     trunk            a GPT that its weights start from
-    fake, fake_mask  (N, R) a response to each example of the split
-    returns          dict: accuracy, low, high (its 95% interval), pairs, ties (pairs of equal
-                     answers, left out on either side), and of two trivial cheats, on the same
-                     pairs, length_accuracy and eos_accuracy; shares, not percent
+    fake, fake_mask  (N, R) a response to each example of the split; equal answers are left out
+    seed             a tuple of int: of the halves of the passages, the order of the pairs, dropout
+    returns          numbers of the examples judged (n,); right (n, 3), 1, 0, or .5 for equal
+                     scores, of the discriminator and of length and eos alone
     """
     gold = split.batch(range(len(split)), args.device)
     untied = (gold.response != fake).any(1).cpu().numpy()
-    learn, judge = (rows[untied[rows]] for rows in halves(split.examples))
-    ties = int((~untied).sum())
+    learn, judge = (rows[untied[rows]] for rows in halves(split.examples, seed))
     if not len(learn) or not len(judge):
-        return {'accuracy': .5, 'low': 0., 'high': 1., 'pairs': len(judge), 'ties': ties,
-                'length_accuracy': .5, 'eos_accuracy': .5}
-    torch.manual_seed(args.seed)
+        return judge[:0], np.zeros((0, 3))
+    torch.manual_seed(hash(seed) % 2 ** 31)
     network = Discriminator(trunk, dropout=.1).to(args.device)
     lr, steps = args.test_lr or .064 / trunk.config.n_embd, args.test_steps
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=.01)
@@ -250,11 +253,10 @@ def fresh_discriminator(trunk, split, fake, fake_mask, args):
 
     network.train()
     for step in tqdm(range(steps), 'fresh discriminator', disable=None, leave=False):
-        rows = learn[data.order(len(learn), min(args.batch_size, len(learn)), args.seed, step)]
+        rows = learn[data.order(len(learn), min(args.batch_size, len(learn)), seed, step)]
         for part in np.array_split(rows, -(-len(rows) // args.micro_batch)):
-            margin, where = margins(part)
-            loss = ((F.softplus(-margin) * where).sum(1) / where.sum(1)).sum() / len(rows)
-            loss.backward()
+            margin, where = margins(part)            # each prefix weighs the same, as in training
+            (F.softplus(-margin) * where).sum().div(len(rows)).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.param_groups[0]['lr'] = lr * (1 - step / steps)
         optimizer.step()
@@ -263,40 +265,61 @@ def fresh_discriminator(trunk, split, fake, fake_mask, args):
     with torch.no_grad():
         ends = torch.cat([margins(rows)[0][:, -1] for rows in
                           np.array_split(judge, -(-len(judge) // args.batch_size))])
-    right = ((ends > 0).float() + .5 * (ends == 0)).sum().item()
-    low, high = interval(right, len(judge))
-    figures = {'accuracy': right / len(judge), 'low': low, 'high': high, 'pairs': len(judge),
-               'ties': ties}
-    features = {'length': (gold.mask.sum(1), fake_mask.sum(1)),
-                'eos': tuple(((ids == split.eos) & mask).any(1).long()
-                             for ids, mask in ((gold.response, gold.mask), (fake, fake_mask)))}
-    for name, (real, sampled) in features.items():
-        figures[f'{name}_accuracy'] = cheat(real.cpu().numpy(), sampled.cpu().numpy(), learn, judge)
-    return figures
+    eos = [((ids == split.eos) & mask).any(1).long()
+           for ids, mask in ((gold.response, gold.mask), (fake, fake_mask))]
+    found = [ends.cpu().numpy()]
+    for real, sampled in (gold.mask.sum(1), fake_mask.sum(1)), eos:
+        found.append(cheat(real.cpu().numpy(), sampled.cpu().numpy(), learn, judge))
+    return judge, (np.sign(np.stack(found, 1)) + 1) / 2
 
 
 def cheat(real, fake, learn, judge):
-    """Accuracy on `judge` of the likelihood ratio of one small integer, counted on `learn`."""
+    """Log-likelihood ratios, of real over fake, of one small integer, counted on `learn`: what
+    those of `judge` have the more of than their fakes, (n,)."""
     counts = [np.bincount(z[learn], minlength=max(real.max(), fake.max()) + 1) + 1
               for z in (real, fake)]
     ratio = np.log(counts[0]) - np.log(counts[1])
-    margin = ratio[real[judge]] - ratio[fake[judge]]
-    return float(((margin > 0) + .5 * (margin == 0)).mean())
+    return ratio[real[judge]] - ratio[fake[judge]]
+
+
+def told_apart(trunk, split, fake, fake_mask, args):
+    """
+    The classifier two-sample test of Lopez-Paz and Oquab 2017, of JUDGES fresh discriminators, each
+    with halves of its own: how many pairs they tell; 50% cannot be told apart.
+
+    returns  dict: accuracy, of all judgements; low, high (its 95% interval); judges (the accuracy
+             of each); pairs, ties (pairs that differ, that do not); length_accuracy and
+             eos_accuracy, of the cheats; shares, not percent
+    """
+    found = [fresh_discriminator(trunk, split, fake, fake_mask, (args.seed, k), args)
+             for k in range(JUDGES)]
+    ties = int((split.batch(range(len(split))).response == fake.cpu()).all(1).sum())
+    figures = {'accuracy': .5, 'low': 0., 'high': 1., 'length_accuracy': .5, 'eos_accuracy': .5,
+               'judges': [], 'pairs': len(split) - ties, 'ties': ties}
+    rows, right = (np.concatenate(z) for z in zip(*found))
+    if len(rows):
+        names = 'accuracy', 'length_accuracy', 'eos_accuracy'
+        figures |= zip(names, right.mean(0).tolist())
+        figures['judges'] = [r[:, 0].mean().item() for _, r in found]
+        figures['low'], figures['high'] = interval(
+            right[:, 0], [split.examples[i]['context'] for i in rows])
+    return figures
 
 
 @torch.no_grad()
-def drift(generator, base, split, args):
-    """Nats per token: KL(generator || base), exact at each token of its own samples; and the mean
-    -log probability that it gives to the gold answers."""
+def drift(generator, base, split, temperature, args):
+    """Nats per token: KL(generator || base) at the temperature, as a run logs it, but exact at each
+    token of samples; and the mean -log probability, at 1, of the gold answers."""
+    temperature = temperature or 1.0                 # greedy answers have none
     rng, sums = torch.Generator(args.device).manual_seed(args.seed), []
     for rows in batches(split, args.batch_size):
         batch = split.batch(rows, args.device)
         with autocast(args):
             roll = generator.generate(batch.prompt, batch.pad, batch.response.size(1), split.eos,
-                                      rng=rng)
-            logp, base_logp = (
-                g.head(g.response_hidden(batch.prompt, batch.pad, roll.response)).log_softmax(-1)
-                for g in (generator, base))                                  # (n, 1, R, V)
+                                      temperature=temperature, rng=rng)
+            logp, base_logp = (                                              # (n, 1, R, V)
+                g.head(g.response_hidden(batch.prompt, batch.pad, roll.response) / temperature)
+                .log_softmax(-1) for g in (generator, base))
             logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad,
                                                       batch.response[:, None])
         kl = (logp.exp() * (logp - base_logp)).sum(-1) * roll.mask           # (n, 1, R)
@@ -307,21 +330,49 @@ def drift(generator, base, split, args):
     return kl / tokens, nll / gold_tokens
 
 
-def judge(generator, base, split, enc, temperature, args):
-    """All figures of one checkpoint at one temperature, as a dict; the table's are percent."""
+@torch.no_grad()
+def best_of(generator, discriminator, split, enc, temperature, args):
+    """EM and F1 in percent of one of args.best_of samples to each prompt: the one with the highest
+    score, any one (their mean), and the best there is. It says whether a discriminator knows what
+    the generator does not."""
+    rng = torch.Generator(args.device).manual_seed(args.seed)
+    n, scores, found = args.best_of, [], []
+    for rows in batches(split, max(1, args.batch_size // n)):
+        batch = split.batch(rows, args.device)
+        with autocast(args):
+            roll = generator.generate(batch.prompt, batch.pad, split.responses.shape[1], split.eos,
+                                      n, temperature, args.top_k, rng)
+            scores.append(hold_last(discriminator(batch.prompt, batch.pad, roll.response),
+                                    roll.mask)[..., -1].cpu())               # (b, n)
+        texts = data.to_text(roll.response.flatten(0, 1), roll.mask.flatten(0, 1), enc)
+        found += [data.score_answer(text, split.examples[i])
+                  for text, i in zip(texts, np.repeat(rows, n))]
+    found = 100 * np.array(found).reshape(-1, n, 2)[:len(split)]             # EM and F1
+    chosen = torch.cat(scores)[:len(split)].argmax(1).numpy()
+    means = {'chosen': found[np.arange(len(split)), chosen], 'any': found.mean(1),
+             'possible': found.max(1)}
+    return {'n': n} | {name: dict(zip(('em', 'f1'), z.mean(0).tolist()))
+                       for name, z in means.items()}
+
+
+def judge(generator, base, discriminator, split, enc, temperature, args):
+    """All figures of one checkpoint at one temperature, as a dict; the table's are percent. With a
+    discriminator, those of `best_of` too."""
     greedy = data.to_text(*answer(generator, split, 0, args), enc)
     response, mask = answer(generator, split, temperature, args)
     figures = data.score_answers(greedy, split.examples)
     figures['sample_f1'] = data.score_answers(data.to_text(response, mask, enc),
                                               split.examples)['f1']
-    figures['fresh'] = fresh_discriminator(base, split, response, mask, args)
+    figures['fresh'] = told_apart(base, split, response, mask, args)
     figures['distinct2'] = data.distinct(response, mask, 2)
     figures['length'] = mask.sum(1).float().mean().item()
     shares = [np.bincount(n, minlength=response.size(1) + 1) / len(split)
               for n in (mask.sum(1).cpu().numpy(), split.lengths)]
     figures['length_distance'] = float(np.abs(shares[0] - shares[1]).sum() / 2)
-    figures['kl'], nll = drift(generator, base, split, args)
+    figures['kl'], nll = drift(generator, base, split, temperature, args)
     figures['perplexity'] = math.exp(nll)
+    if discriminator is not None:
+        figures['best_of'] = best_of(generator, discriminator, split, enc, temperature, args)
     return figures
 
 
@@ -329,43 +380,65 @@ COLUMNS = {  # header: format, value of the figures
     'EM': ('.1f', lambda f: f['em']), 'F1': ('.1f', lambda f: f['f1']),
     'F1 sampled': ('.1f', lambda f: f['sample_f1']),
     'told apart %': ('.1f', lambda f: 100 * f['fresh']['accuracy']
-                     if f['fresh']['pairs'] >= 100 else math.nan),       # noise, of fewer
+                     if f['fresh']['pairs'] >= 200 else math.nan),       # noise, of fewer
     'of all %': ('.1f', lambda f: 100 * f['fresh']['accuracy'] + 100 * f['fresh']['ties']
                  / f['prompts'] * (.5 - f['fresh']['accuracy'])),            # a tie counts half
     'ties %': ('.1f', lambda f: 100 * f['fresh']['ties'] / f['prompts']),
     'distinct-2': ('.3f', lambda f: f['distinct2']),
     'length dist.': ('.3f', lambda f: f['length_distance']),
     'KL': ('.3f', lambda f: f['kl']), 'perplexity': ('.2f', lambda f: f['perplexity'])}
+BEST_OF = {  # the same, of --best_of: F1 of the sample that the discriminator chose, and beside it
+    'F1 chosen': ('.1f', lambda f: f['best_of']['chosen']['f1']),
+    'F1 of any': ('.1f', lambda f: f['best_of']['any']['f1']),
+    'F1 possible': ('.1f', lambda f: f['best_of']['possible']['f1'])}
+
+
+def columns_of(figures):
+    """Columns of --table for the figures of --evaluate: format and value by header."""
+    columns = COLUMNS | (BEST_OF if 'best_of' in figures else {})
+    return {header: (spec, value(figures)) for header, (spec, value) in columns.items()}
+
+
+def load_discriminator(path, enc, device):
+    """The discriminator of a run's ckpt.pt, checked against the tokenizer."""
+    trunk, saved = load(path, enc, device), load_checkpoint(path)
+    if 'discriminator' not in saved:
+        raise ValueError(f'--discriminator {path} holds none: give the ckpt.pt of a run')
+    discriminator = Discriminator(trunk)
+    discriminator.load_state_dict(saved['discriminator'])
+    return discriminator.to(device).eval()
 
 
 def evaluate(args):
     """Judges each checkpoint on held-out prompts: a table, and args.out with every figure."""
     named = names(args.evaluate)
     enc, split, settings = task_of([source for _, source in named], args)
-    base = load(named[0][1], enc, args.device)
+    args.base = args.base or named[0][1]
+    base, discriminator = load(args.base, enc, args.device), None
+    if args.best_of:
+        discriminator = load_discriminator(args.discriminator, enc, args.device)
     gold = split.batch(range(len(split)))
     print(f'{len(split)} prompts of {settings["data"]}; gold answers: distinct-2 '
           f'{data.distinct(gold.response, gold.mask, 2):.3f}, length {split.lengths.mean():.2f}; '
-          'KL in nats per token from the first, at temperature 1')
+          f'fresh discriminators start from {args.base}, and so does KL, in nats per token')
     results = defaultdict(list)
     for name, source in named:
         generator = load(source, enc, args.device)
         for temperature in args.temperature:
-            f = judge(generator, base, split, enc, temperature, args)
+            f = judge(generator, base, discriminator, split, enc, temperature, args)
             f |= {'prompts': len(split), 'temperature': temperature, 'source': source}
             label = name if len(args.temperature) == 1 else f'{name}, T {temperature}'
             results[label].append(f)
             keep_freed_memory(False)
-            print(f'\n{label}: ' + ', '.join(f'{k} {v(f):{spec}}' for k, (spec, v)
-                                             in COLUMNS.items()))
+            print(f'\n{label}: ' + ', '.join(f'{header} {value:{spec}}' for header, (spec, value)
+                                             in columns_of(f).items()))
             print('  told apart {accuracy:.1%} [{low:.1%}, {high:.1%}] of {pairs} pairs, {ties} '
                   'ties left out; by length {length_accuracy:.1%}, by eos {eos_accuracy:.1%}'
                   .format(**f['fresh']))
     out = Path(args.out or 'out/evaluation.json')
     out.parent.mkdir(parents=True, exist_ok=True)
-    setup = {'torch': torch.__version__, 'device': args.device, 'dtype': args.dtype,
-             'settings': settings, 'seed': args.seed, 'top_k': args.top_k,
-             'test_steps': args.test_steps}
+    setup = {'torch': torch.__version__, 'settings': settings} | {name: getattr(args, name) for name
+             in 'device dtype base discriminator seed top_k test_steps test_lr batch_size'.split()}
     out.write_text(json.dumps({'setup': setup, 'results': results}, indent=1) + '\n')
 
 
@@ -390,8 +463,7 @@ def table(args):
             continue
         for label, seeds in read_results(path).items():
             judged[label] += seeds
-            rows[label] += [{column: (spec, value(f)) for column, (spec, value) in COLUMNS.items()}
-                            for f in seeds]
+            rows[label] += map(columns_of, seeds)
     if args.out:
         Path(args.out).write_text(json.dumps({'results': judged}, indent=1) + '\n')
 
@@ -495,12 +567,15 @@ FLAGS = {  # type, default, help
     'prompts': (int, None, 'dev prompts: 10 to compare, 4000 to evaluate'),
     'out': (str, None, 'file to write (out/evaluation.json, out/curves.png)'),
     'data': (str, None, 'as in training; by default what the checkpoint says'),
-    'top_k': (int, 100, 'sample among so many tokens'),
+    'top_k': (int, None, 'sample among so many tokens; by default among all'),
     'seed': (int, 1, 'of the sampling noise'),
     'batch_size': (int, 64, 'prompts at a time, those that are learned from included'),
     'micro_batch': (int, 16, 'prompts of one backward pass; lower it to save memory'),
-    'test_steps': (int, 400, 'of the fresh discriminator, with --evaluate'),
+    'base': (str, None, 'with --evaluate, where fresh discriminators and KL start; the first file'),
+    'test_steps': (int, 400, 'of a fresh discriminator, with --evaluate'),
     'test_lr': (float, None, 'its learning rate, .064 / n_embd'),
+    'best_of': (int, None, 'with --evaluate, so many samples for --discriminator to choose from'),
+    'discriminator': (str, None, 'the ckpt.pt of a run, whose discriminator chooses'),
     'device': (str, 'auto', 'cuda, cuda:1, mps or cpu; auto takes the first there is')}
 
 
@@ -513,8 +588,9 @@ def main(argv=None):
     what.add_argument('--evaluate', nargs='+', metavar='CKPT', help='to judge on held-out prompts')
     what.add_argument('--table', nargs='+', metavar='FILE', help='Markdown of evaluations or runs')
     what.add_argument('--plot', nargs='+', metavar='RUN', help='to draw the curves of')
-    parser.add_argument('--temperature', type=float, nargs='+', default=[.8],
-                        help='0 for greedy; several with --evaluate (default: .8)')
+    parser.add_argument('--temperature', type=float, nargs='+',
+                        help='0 for greedy; several with --evaluate; by default as in training '
+                        "(the poster's: .8, with --top_k 100)")
     parser.add_argument('--dtype', choices=['auto', 'bfloat16', 'float32'], default='auto',
                         help='of activations; auto: bfloat16 on CUDA (default: auto)')
     for name, (kind, default, note) in FLAGS.items():
@@ -524,10 +600,13 @@ def main(argv=None):
     args.prompts = (4000 if args.evaluate else 10) if args.prompts is None else args.prompts
     if args.ckpt and not args.question:
         parser.error('--ckpt needs --question')
-    for name in 'samples', 'prompts', 'top_k', 'batch_size', 'micro_batch', 'test_steps':
-        if getattr(args, name) < 1:
+    if bool(args.best_of) != bool(args.discriminator) or args.best_of and not args.evaluate:
+        parser.error('--best_of goes with --discriminator and --evaluate: give all or none')
+    for name in ('samples', 'prompts', 'top_k', 'batch_size', 'micro_batch', 'test_steps',
+                 'best_of'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name} {getattr(args, name)}: give at least 1')
-    for name, values in ('temperature', args.temperature), ('test_lr', [args.test_lr or 0]):
+    for name, values in ('temperature', args.temperature or [0]), ('test_lr', [args.test_lr or 0]):
         if min(values) < 0:
             parser.error(f'--{name} {min(values)}: give at least 0')
     chosen = next(f for f in (compare, evaluate, table, plot, ask)

@@ -1136,48 +1136,54 @@ def people(n, seed=0):
 
 def judging(steps):
     return SimpleNamespace(device='cpu', dtype='float32', seed=1, batch_size=64, micro_batch=48,
-                           top_k=100, test_steps=steps, test_lr=None)
+                           top_k=None, test_steps=steps, test_lr=None)
 
 
 def test_a_fresh_discriminator_is_right():
     """Two draws of the same human answers are told apart half the time, a planted token always."""
-    right = pairs = 0
-    for seed in range(3):
-        split, other, enc = people(1200, seed)
-        trunk = tiny_gpt(vocab_size=enc.n_vocab, n_embd=32, block_size=40)
-        fake, mask = other.response, other.mask
-        same = sample.fresh_discriminator(trunk, split, fake, mask, judging(50))
-        right, pairs = right + same['accuracy'] * same['pairs'], pairs + same['pairs']
-        assert abs(same['length_accuracy'] - .5) < .06 and same['eos_accuracy'] == .5
-        ties = (fake == split.batch(range(1200)).response).all(1)
-        judged = torch.from_numpy(sample.halves(split.examples)[1])
-        assert same['ties'] == ties.sum() > 5 and same['pairs'] == (~ties[judged]).sum()
-    low, high = sample.interval(right, pairs)
-    assert low < .5 < high and high - low < .05, (low, high)
+    split, other, enc = people(1200)
+    trunk = tiny_gpt(vocab_size=enc.n_vocab, n_embd=32, block_size=40)
+    fake, mask = other.response, other.mask
+    same = sample.told_apart(trunk, split, fake, mask, judging(50))
+    assert same['low'] < .5 < same['high'] and same['high'] - same['low'] < .09, same
+    assert abs(same['length_accuracy'] - .5) < .04 and same['eos_accuracy'] == .5
+    ties = (fake == split.batch(range(1200)).response).all(1)
+    assert same['ties'] == ties.sum() > 5 and same['pairs'] == 1200 - same['ties']
+    # three judges, on halves of their own
+    assert len(same['judges']) == len(set(same['judges'])) == 3
+    rows, right = sample.fresh_discriminator(trunk, split, fake, mask, (1, 2), judging(50))
+    half = sample.halves(split.examples, (1, 2))[1]
+    assert np.array_equal(rows, half[~ties.numpy()[half]])
+    assert right[:, 0].mean() == same['judges'][2]
 
     told, ends = fake.clone(), mask.sum(1) - 1       # a full stop before eos
     told[torch.arange(1200), ends] = enc.encode_ordinary(' .')[0]
-    planted = sample.fresh_discriminator(trunk, split, told, other.mask, judging(60))
+    planted = sample.told_apart(trunk, split, told, other.mask, judging(60))
     assert planted['low'] > .95 and planted['ties'] == 0, planted
     assert planted['eos_accuracy'] == 1 and abs(planted['length_accuracy'] - .5) < .06
 
 
 def test_no_prompt_is_on_both_sides():
     split = people(400)[0]
-    learn, judge = sample.halves(split.examples)
+    learn, judge = sample.halves(split.examples, 0)
     assert sorted([*learn, *judge]) == list(range(400)) and abs(len(learn) - len(judge)) < 4
     for what in (lambda i: split.examples[i]['context'], lambda i: tuple(split.prompts[i])):
         assert not {what(i) for i in learn} & {what(i) for i in judge}
 
 
 def test_intervals_and_cheats_by_hand():
-    assert np.allclose(sample.interval(8, 10), (.490, .943), atol=1e-3)      # Wilson's, from tables
-    assert sample.interval(5, 5)[1] > .999
-    rng = np.random.default_rng(0)                   # a length of 1 is human 90%, machine 20%
+    rng = np.random.default_rng(0)
+    trials = (rng.random(400) < .7).astype(float)    # 400 passages with a trial each, or with 25
+    for right in trials, trials.repeat(25):
+        low, high = sample.interval(right, np.arange(400).repeat(len(right) // 400))
+        half = 1.96 * trials.std() / 20              # the trials of one passage are all alike
+        assert abs(low - trials.mean() + half) < .005 and abs(high - trials.mean() - half) < .005
+    # a length of 1 is human 90%, machine 20%
     real, fake = 2 - (rng.random(20000) < .9), 2 - (rng.random(20000) < .2)
     rows = np.arange(20000)
     wanted = .9 * .8 + .5 * (.9 * .2 + .1 * .8)
-    assert abs(sample.cheat(real, fake, rows[::2], rows[1::2]) - wanted) < .01
+    margin = sample.cheat(real, fake, rows[::2], rows[1::2])
+    assert abs(((np.sign(margin) + 1) / 2).mean() - wanted) < .01
 
 
 def test_kl_and_perplexity_against_sums():
@@ -1185,12 +1191,12 @@ def test_kl_and_perplexity_against_sums():
     split, _, enc = people(6)
     one, base = (tiny_gpt(seed, vocab_size=enc.n_vocab, block_size=40) for seed in (0, 1))
     args = judging(1)
-    kl, nll = sample.drift(one, base, split, args)
+    kl, nll = sample.drift(one, base, split, .5, args)
     batch = split.batch(range(6))
-    roll = one.generate(batch.prompt, batch.pad, 6, split.eos,
+    roll = one.generate(batch.prompt, batch.pad, 6, split.eos, temperature=.5,
                         rng=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        p, q = (net(*in_rows(*batch[:2], roll.response))[:, 29:-1].softmax(-1)
+        p, q = ((net(*in_rows(*batch[:2], roll.response))[:, 29:-1] / .5).softmax(-1)
                 for net in (one, base))
         gold = one(*in_rows(*batch[:2], batch.response[:, None]))[:, 29:-1].softmax(-1)
     mask = roll.mask[:, 0]
@@ -1198,6 +1204,42 @@ def test_kl_and_perplexity_against_sums():
     assert abs(kl - wanted / mask.sum()) < 1e-5 and kl > 0
     wanted = sum(-gold[i, t, batch.response[i, t]].log() for i, t in batch.mask.nonzero())
     assert abs(nll - wanted / batch.mask.sum()) < 1e-4
+
+
+def test_best_of_n_by_hand():
+    """A discriminator that knows the F1 chooses the best sample, its negative the worst."""
+    split, _, enc = people(11)
+    gpt, args = tiny_gpt(vocab_size=enc.n_vocab, block_size=40), judging(1)
+    args.best_of, found = 3, []
+
+    def knows(sign):
+        def scores(prompt, pad, response):
+            rows = [next(i for i in range(11) if np.array_equal(p, split.prompts[i]))
+                    for p in prompt.numpy()]
+            ids = response.flatten(0, 1)
+            texts = data.to_text(ids, torch.ones_like(ids) > 0, enc)
+            f1 = [data.score_answer(text, split.examples[i])[1]
+                  for text, i in zip(texts, np.repeat(rows, 3))]
+            found.append(f1)
+            return sign * torch.tensor(f1).view(-1, 3, 1).expand(response.shape)
+        return scores
+
+    def like_gold(prompt, pad, R, eos, n, temperature, top_k, rng):         # of 1 to 3 words
+        rows = [next(i for i in range(11) if np.array_equal(p, split.prompts[i]))
+                for p in prompt.numpy()]
+        gold = torch.from_numpy(split.responses[rows]).long()[:, None].expand(-1, n, -1).clone()
+        cut = torch.arange(R) >= torch.tensor([1, 2, 1])[:, None]
+        gold = gold.masked_fill(cut, eos)
+        return Rollout(gold, (gold == eos).cumsum(-1) <= 1, torch.ones(gold.shape[:2]).bool())
+
+    with patched(gpt, 'generate', like_gold):
+        best, worst = (sample.best_of(gpt, knows(sign), split, enc, 1., args) for sign in (1, -1))
+    f1 = 100 * np.array(sum(found[:len(found) // 2], [])).reshape(-1, 3)[:11]
+    assert best['n'] == 3 and abs(best['chosen']['f1'] - f1.max(1).mean()) < 1e-9
+    assert best['possible'] == best['chosen'] and best['any'] == worst['any']
+    assert abs(best['any']['f1'] - f1.mean()) < 1e-9
+    assert abs(worst['chosen']['f1'] - f1.min(1).mean()) < 1e-9
+    assert worst['chosen']['f1'] < best['any']['f1'] < best['chosen']['f1']
 
 
 def printed(*argv):
@@ -1217,7 +1259,7 @@ def test_runs_are_judged_compared_tabled_and_drawn():
         found = json.loads((run / 'judged.json').read_text())['results']
         f, = found['tuned']
         assert found['sft'][0]['kl'] == 0 < f['kl'] and 0 < f['length_distance'] <= 1
-        assert f['fresh']['pairs'] <= 20 and f['prompts'] == 40
+        assert f['fresh']['pairs'] <= 40 and f['prompts'] == 40
     files = [run / 'judged.json' for run in runs]
     head, rule, *rows = printed('--table', *files).strip().splitlines()
     assert len(rows) == 2 and all(r.count('|') == head.count('|') == rule.count('|') for r in rows)
@@ -1225,7 +1267,7 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     mean, spread = np.mean(ems), np.std(ems, ddof=1)
     assert rows[1].startswith(f'| tuned | {mean:.1f} ± {spread:.1f} |'), rows[1]
     column = head.split(' | ').index('told apart %')
-    assert rows[1].split(' | ')[column] == '–'                               # of 20 pairs at most
+    assert rows[1].split(' | ')[column] == '–'                               # of 40 pairs at most
     for f in files:                                                          # as if of more
         found = json.loads(f.read_text())
         for figures, in found['results'].values():
@@ -1244,12 +1286,40 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     png = runs[0] / 'all.png'
     printed('--plot', *(f'Gumbel={run}' for run in runs), runs[0] / 'metrics.jsonl', '--out', png)
     assert png.stat().st_size > 20000
+    text = printed('--evaluate', runs[0] / 'ckpt.pt', '--prompts', '20', '--test_steps', '2',
+                   '--base', runs[1] / 'sft.pt', '--best_of', '2', '--discriminator',
+                   runs[1] / 'ckpt.pt', '--out', runs[0] / 'best.json')
+    assert 'F1 chosen' in text and f'start from {runs[1]}/sft.pt' in text
+    found = json.loads((runs[0] / 'best.json').read_text())
+    f, = found['results'][str(runs[0] / 'ckpt.pt')]
+    assert f['kl'] > 0 and found['setup']['base'] == str(runs[1] / 'sft.pt')
+    assert f['best_of']['n'] == 2 and 'F1 chosen' in printed('--table', runs[0] / 'best.json')
+    assert f['best_of']['any']['f1'] <= f['best_of']['possible']['f1']
     text = printed('--compare', f'one={runs[0]}/sft.pt', runs[1] / 'ckpt.pt', '--prompts', '3')
     assert text.count('question  ') == text.count('one ') == 3
     runs = [[{'iter': i, 'kl': v} for i in range(n)] for n, v in ((300, 0.), (200, 1.))]
     at, values = sample.curves(runs, sample.PANELS['KL from the warm start (nats/token)'])
     assert max(at) > 296 and all(v == ([0, 1] if x < 198 else [0]) for x, v in zip(at, values)
                                  if x >= 2)
+
+
+def test_a_run_evaluates_the_policy_it_trains():
+    """At its temperature, over the whole vocabulary: near 0 that is the greedy answer."""
+    cfg, gpt, _, network, _, _ = case(reinforce, '--temperature', '.01')
+    split, _, enc = people(20)
+    cfg.max_response, size = 6, dict(vocab_size=enc.n_vocab, block_size=40)
+    gpt, network, generate, seen = tiny_gpt(3, **size), tiny_discriminator(**size), GPT.generate, []
+
+    def watched(self, *args, temperature, top_k=None, **kwargs):
+        seen.append((temperature, top_k))
+        return generate(self, *args, temperature=temperature, top_k=top_k, **kwargs)
+
+    with patched(GPT, 'generate', watched):
+        figures, sampled = sample.evaluate_run(gpt, network, split, enc, cfg)
+    assert set(seen) == {(0, None), (.01, None)} and figures['sample_f1'] == figures['f1']
+    args = judging(1)
+    args.top_k = None
+    assert sampled == data.to_text(*sample.answer(gpt, split, 0, args), enc)
 
 
 # -----------------------------------------------------------------------------
@@ -2268,7 +2338,7 @@ def test_micro_batches_save_memory():
 
 def test_a_judge_fits_its_card():
     args = SimpleNamespace(device='cuda:0', dtype='bfloat16', seed=1, batch_size=64, micro_batch=16,
-                           top_k=100, test_steps=2, test_lr=None)
+                           top_k=None, test_steps=2, test_lr=None)
     split = Shapes(130, reinforce.Config())          # two batches and two more
     with (patched(GPT, 'init_weights', lambda self: None), Gpu('meta') as gpu,
           patched(GPT, 'decode', lambda self, token, *a: self.embed(token))):
