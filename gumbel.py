@@ -70,7 +70,7 @@ class Config:
     iters: int = 1000                # rollouts
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, answers to each prompt
-    temperature: float = 1.0         # of rollouts and of the policy learned; evaluation takes .8
+    temperature: float = 1.0         # of rollouts, of the policy learned, and of evaluation
     micro_batch: int = 16            # prompts of one backward pass; lower it to save memory
     beta: float = 0.02               # weight of the KL from the warm start, per nat
     anchor: float = 0.1              # weight of MLE on the gold answers beside the score
@@ -89,7 +89,7 @@ class Config:
 
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
-    device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=350, batch_size=128,
+    device='cpu', sft_iters=90, sft_batch_size=64, sft_lr=4e-3, iters=300, batch_size=128,
     samples=2, micro_batch=128, beta=0.0, anchor=4.0, lr=4e-3, d_lr=2e-3,
     d_warmup_iters=180, d_warmup_acc=.9, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
 )
@@ -159,17 +159,17 @@ def discriminator_loss(real, fake, kind):
     return F.softplus(-real) + F.softplus(fake)
 
 
-def pair_weights(response, mask, gold, gold_mask, prefixes):
+def compared(response, mask, gold, gold_mask, prefixes):
     """
-    Weights (B, K, R) of the losses of samples (B, K, R) beside their gold answers (B, R): 1 in all
-    for a pair, 0 for a tie. With prefixes, even over those from the first difference to the end of
-    the longer answer; otherwise all of it at the last column, where both are over.
+    Where samples (B, K, R) and gold answers (B, R) are to be told apart, (B, K, R) bool: nowhere in
+    a tie; with prefixes, from the first difference to the end of the longer answer; else at the
+    last column, where both are over. All places of a batch weigh the same: were each divided by the
+    number in its pair, a prefix would weigh by what comes after it.
     """
     differ = (response != gold[:, None]).cumsum(-1) > 0
-    where = differ & (mask | gold_mask[:, None])
-    if not prefixes:
-        where = F.pad(differ[..., -1:], (differ.size(-1) - 1, 0))
-    return where / where.sum(-1, keepdim=True).clamp(min=1)
+    if prefixes:
+        return differ & (mask | gold_mask[:, None])
+    return F.pad(differ[..., -1:], (differ.size(-1) - 1, 0))
 
 
 def generator_loss(real, fake, kind):
@@ -204,14 +204,23 @@ def relax(logits, response, tau, rng):
     return ((logits + conditional_noise(logits.detach(), response, rng)) / tau).softmax(-1)
 
 
-def exact_kl(logits, ref_logits, mask):
-    """KL(pi || reference) and the entropy of pi, no gradient, at each token (B, K, R) from logits
-    (B, K, R, V), nats; 0 outside the mask."""
+def kl_penalty(logits, ref_logits, response, mask):
+    """
+    KL(pi || reference) of samples, whose gradient is the exact one in expectation.
+
+    logits, ref_logits  (B, K, R, V), the first with gradient; response, mask (B, K, R)
+    returns  KL at each token's distribution, with the gradient of its sum over all continuations:
+             its own, and that of the token's log-probability times the KL to come (score function);
+             the entropy of pi without gradient; (B, K, R), nats, 0 outside the mask
+    """
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     p = logp.exp()
+    kl = (p * (logp - ref_logp)).sum(-1) * mask
     with torch.no_grad():
         entropy = -(p * logp).sum(-1) * mask
-    return (p * (logp - ref_logp)).sum(-1) * mask, entropy
+        to_come = kl.flip(-1).cumsum(-1).flip(-1) - kl
+    chosen = logp.gather(-1, response[..., None])[..., 0]
+    return kl + to_come * (chosen - chosen.detach()), entropy
 
 
 # -----------------------------------------------------------------------------
@@ -276,11 +285,13 @@ def mle_gradient(generator, batch, weight, cfg):
     return all_sum(total).item()
 
 
-def mle_step(generator, optimizer, train_set, step, steps, cfg):
-    """MLE update number `step` of `steps`; the loss in nats per token, the gradient's norm."""
-    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
+def mle_step(generator, optimizer, train_set, stream, step, steps, cfg):
+    """MLE update number `step` of `steps`, on batches of this stream, a number; dict: mle, the loss
+    in nats per token, mle_norm, lr."""
+    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, stream), step)
+    lr = cfg.sft_lr * schedule(step, steps)
     loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
-    return loss, update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50))
+    return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
 
 
 def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, tau, rng, cfg):
@@ -288,23 +299,25 @@ def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, 
     One update on all pairs of a gold and a sampled answer that differ, as `encode` shows them.
 
     learn    False to measure only
-    returns  dict: d_loss in nats, d_norm, d_acc (None if all tie), tie_rate, reward (mean score)
+    returns  dict: d_loss in nats per prefix, d_norm, d_acc (None if all tie), tie_rate, reward
+             (the mean score)
     """
-    weights = pair_weights(*roll[:2], *batch[2:], cfg.d_prefixes)            # (B, K, R)
-    n, n_pairs = weights[..., 0].numel() * ranks()[1], all_sum(weights.any(-1).sum()).item()
+    where = compared(*roll[:2], *batch[2:], cfg.d_prefixes)                  # (B, K, R)
+    n, n_pairs = where[..., 0].numel() * ranks()[1], all_sum(where.any(-1).sum()).item()
+    n_places = max(all_sum(where.sum()).item(), 1)
     learn = learn and n_pairs > 0
     discriminator.train(learn)
-    sums = torch.zeros(3, device=weights.device)
-    for part, r, w in data.parts(cfg.micro_batch, batch, roll, weights):
+    sums = torch.zeros(3, device=where.device)
+    for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
         with torch.no_grad():
             answers, mask, _ = encode(generator, part, r, tau, rng, cfg)
         with torch.set_grad_enabled(learn):
             scores = score(discriminator, part, answers, mask, cfg)          # (b, 1 + K, R)
             real, fake = scores[:, :1], scores[:, 1:]
-            loss = (discriminator_loss(real, fake, cfg.d_loss) * w).sum() / max(n_pairs, 1)
+            loss = (discriminator_loss(real, fake, cfg.d_loss) * w).sum() / n_places
         if learn:
             loss.backward()
-        right = (real > fake)[..., -1] & w.any(-1)
+        right = ((real - fake)[..., -1].sign() + 1) / 2 * w.any(-1)          # .5 of equal scores
         sums += torch.stack((loss.detach(), right.sum(), fake[..., -1].detach().sum()))
     discriminator.eval()
     d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
@@ -318,22 +331,23 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     """
     One update by the discriminator's gradient through the relaxed samples, with the MLE anchor.
 
-    The loss is over the prefixes that the discriminator learns from: whole answers alone say little
-    about which token to change.
+    The loss is over the prefixes that the discriminator learns from, for whole answers alone say
+    little about which token to change; their sum is divided by all tokens, those of ties too.
     returns  dict: g_loss, g_norm, mle, kl and entropy (nats per token)
     """
-    n = roll.mask[..., 0].numel() * ranks()[1]
-    weights = pair_weights(*roll[:2], *batch[2:], cfg.d_prefixes) / n        # (B, K, R)
-    sums = torch.zeros(4, device=weights.device)
-    for part, r, w in data.parts(cfg.micro_batch, batch, roll, weights):
+    n, n_tokens = roll.mask[..., 0].numel() * ranks()[1], all_sum(roll.mask.sum())
+    where = compared(*roll[:2], *batch[2:], cfg.d_prefixes)                  # (B, K, R)
+    sums = torch.zeros(4, device=where.device)
+    for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
         answers, mask, logits = encode(generator, part, r, tau, rng, cfg)
         shown = answers.detach().requires_grad_()    # the discriminator's weights get no gradient
         scores = score(discriminator, part, shown, mask, cfg)
         loss = (generator_loss(scores[:, :1].detach(), scores[:, 1:], cfg.d_loss) * w).sum()
+        loss = loss / n_tokens
         grad, = torch.autograd.grad(loss, shown)
         with torch.no_grad():
             ref_logits = response_logits(reference, part, r.response, cfg)
-        kl, entropy = exact_kl(logits[:, 1:], ref_logits, r.mask)
+        kl, entropy = kl_penalty(logits[:, 1:], ref_logits, r.response, r.mask)
         ((answers * grad).sum() + cfg.beta * kl.sum() / n).backward()
         sums += torch.stack((loss.detach(), kl.detach().sum(), entropy.sum(), r.mask.sum()))
     g_loss, kl, entropy, tokens = all_sum(sums).tolist()
@@ -355,7 +369,7 @@ def load_generator(cfg, enc):
     return generator.to(cfg.device).eval()
 
 
-def warm_start(generator, train_set, out, log, caught, cfg):
+def warm_start(generator, train_set, stream, out, log, caught, cfg):
     """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
     path, optimizer, start = out / 'sft.pt', adamw(generator), 0
     if cfg.resume and path.exists():
@@ -372,8 +386,8 @@ def warm_start(generator, train_set, out, log, caught, cfg):
         if stop:
             return False
         if not over:
-            mle, norm = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
-            log({'sft_iter': step, 'mle': mle, 'mle_norm': norm})
+            log({'sft_iter': step, **mle_step(generator, optimizer, train_set, stream, step,
+                                              cfg.sft_iters, cfg)})
     return True
 
 
@@ -400,13 +414,13 @@ def train(cfg, caught=()):
     files = [out / 'ckpt.pt', out / 'sft.pt'] if cfg.resume else []
     saved = next((load_checkpoint(file) for file in files if file.exists()), {})
     log = Log(out, cfg, given, saved.get('log_size', 0))
-    if not warm_start(generator, train_set, out, log, caught, cfg):
+    if not warm_start(generator, train_set, 0, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
-    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0}                         # d_acc: chance
+    running = {'d_acc': .5, 'start': None, 'sick': 0}                         # d_acc: chance
     # resume
     if 'running' in saved:
         generator.load_state_dict(saved['model'])
@@ -449,7 +463,7 @@ def train(cfg, caught=()):
         log.lap('rollout')
 
         # discriminator step
-        moving = (running['g_steps'] > 0 or running['d_acc'] >= cfg.d_warmup_acc
+        moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         learn = not moving or running['d_acc'] <= cfg.d_max_acc
         record |= discriminator_step(discriminator, generator, d_optimizer, batch, roll, learn, tau,
@@ -461,10 +475,11 @@ def train(cfg, caught=()):
 
         # generator step
         if moving:
-            running['g_steps'] += 1
-            lr = cfg.lr * schedule(it, cfg.iters, running['g_steps'], 20)
-            record |= gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
-                                  tau, rng, cfg)
+            if running['start'] is None:
+                running['start'] = it
+            record['lr'] = cfg.lr * schedule(it - running['start'], cfg.iters - running['start'])
+            record |= gumbel_step(generator, reference, discriminator, optimizer, batch, roll,
+                                  record['lr'], tau, rng, cfg)
         log.lap('generator')
 
         # log

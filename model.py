@@ -485,13 +485,16 @@ GRAD_CLIP = 1.0                   # largest gradient norm, of each network
 def adamw(network):
     """The optimizer of a network; `update` sets its learning rate."""
     device = next(network.parameters()).device
-    return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-5,
+    return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-8,
                              weight_decay=0.0, fused=device.type != 'mps')
 
 
-def schedule(step, steps, updates, warmup):
-    """Share of the peak learning rate: linear over `warmup` updates, cosine decay to a tenth."""
-    return min(1, updates / max(1, warmup)) * (.55 + .45 * math.cos(math.pi * step / steps))
+def schedule(step, steps):
+    """Share of the peak learning rate for update `step` of `steps`: linear over the first tenth of
+    them, then down a cosine to a tenth."""
+    warmup = steps / 10
+    over = max(0, step - warmup) / (steps - warmup)
+    return min(1, (step + 1) / warmup) * (.55 + .45 * math.cos(math.pi * over))
 
 
 def update(network, optimizer, lr):

@@ -70,7 +70,7 @@ class Config:
     iters: int = 1000                # rollouts
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, answers to each prompt
-    temperature: float = 1.0         # of rollouts and of the policy learned; evaluation takes .8
+    temperature: float = 1.0         # of rollouts, of the policy learned, and of evaluation
     micro_batch: int = 16            # prompts of one backward pass; lower it to save memory
     beta: float = 0.02               # weight of the KL from the warm start, per nat
     anchor: float = 0.1              # weight of MLE on the gold answers beside the score
@@ -90,7 +90,7 @@ class Config:
 
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
-    device='cpu', sft_iters=100, sft_batch_size=64, sft_lr=4e-3, iters=350, batch_size=128,
+    device='cpu', sft_iters=90, sft_batch_size=64, sft_lr=4e-3, iters=300, batch_size=128,
     samples=2, micro_batch=128, beta=0.0, anchor=4.0, lr=4e-3, d_lr=2e-3,
     d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
 )
@@ -168,17 +168,17 @@ def discriminator_loss(real, fake, kind):
     return F.softplus(-real) + F.softplus(fake)
 
 
-def pair_weights(response, mask, gold, gold_mask, prefixes):
+def compared(response, mask, gold, gold_mask, prefixes):
     """
-    Weights (B, K, R) of the losses of samples (B, K, R) beside their gold answers (B, R): 1 in all
-    for a pair, 0 for a tie. With prefixes, even over those from the first difference to the end of
-    the longer answer; otherwise all of it at the last column, where both are over.
+    Where samples (B, K, R) and gold answers (B, R) are to be told apart, (B, K, R) bool: nowhere in
+    a tie; with prefixes, from the first difference to the end of the longer answer; else at the
+    last column, where both are over. All places of a batch weigh the same: were each divided by the
+    number in its pair, a prefix would weigh by what comes after it.
     """
     differ = (response != gold[:, None]).cumsum(-1) > 0
-    where = differ & (mask | gold_mask[:, None])
-    if not prefixes:
-        where = F.pad(differ[..., -1:], (differ.size(-1) - 1, 0))
-    return where / where.sum(-1, keepdim=True).clamp(min=1)
+    if prefixes:
+        return differ & (mask | gold_mask[:, None])
+    return F.pad(differ[..., -1:], (differ.size(-1) - 1, 0))
 
 
 def advantages(rewards, baseline, running_mean):
@@ -230,8 +230,9 @@ def reward(discriminator, batch, roll, cfg):
     """
     Rewards of the sampled answers, (B, K, R), 0 but at the last token; the mean score in logits.
 
-    margin  tanh((s - s*) / 2) = 2 sigmoid(s - s*) - 1, s* of the gold answer as far as that token:
-            0 where the two cannot be told apart, -1 for a sure fake, however sure
+    margin  tanh((s - s*) / 2) = 2 sigmoid(s - s*) - 1, s* of the gold answer as far as that token,
+            or of all of it where prefixes have no score: 0 where the two cannot be told apart, -1
+            for a sure fake, however sure
     score   s itself, the poster's
     none    0: what is left is the KL penalty and the anchor
     Whichever it is, an answer that does not end gets -1.
@@ -239,6 +240,8 @@ def reward(discriminator, batch, roll, cfg):
     scores = torch.cat([score(discriminator, part, *beside_gold(part, r), cfg)
                         for part, r in data.parts(cfg.micro_batch, batch, roll)])
     gold, scores = scores[:, :1], scores[:, 1:]                              # (B, 1, R), (B, K, R)
+    if not cfg.d_prefixes:
+        gold = gold[..., -1:]
     values = {'margin': ((scores - gold) / 2).tanh(), 'score': scores,
               'none': torch.zeros_like(scores)}[cfg.reward]
     values = torch.where(roll.ended[..., None], values, NO_EOS_REWARD)
@@ -263,11 +266,13 @@ def mle_gradient(generator, batch, weight, cfg):
     return all_sum(total).item()
 
 
-def mle_step(generator, optimizer, train_set, step, steps, cfg):
-    """MLE update number `step` of `steps`; the loss in nats per token, the gradient's norm."""
-    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
+def mle_step(generator, optimizer, train_set, stream, step, steps, cfg):
+    """MLE update number `step` of `steps`, on batches of this stream, a number; dict: mle, the loss
+    in nats per token, mle_norm, lr."""
+    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, stream), step)
+    lr = cfg.sft_lr * schedule(step, steps)
     loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
-    return loss, update(generator, optimizer, cfg.sft_lr * schedule(step, steps, step + 1, 50))
+    return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
 
 
 def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
@@ -275,21 +280,22 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
     One update on all pairs of a gold and a sampled answer that differ.
 
     learn    False to measure only
-    returns  dict: d_loss in nats, d_norm, d_acc (None if all tie), tie_rate
+    returns  dict: d_loss in nats per prefix, d_norm, d_acc (None if all tie), tie_rate
     """
-    weights = pair_weights(*roll[:2], *batch[2:], cfg.d_prefixes)            # (B, K, R)
-    n, n_pairs = weights[..., 0].numel() * ranks()[1], all_sum(weights.any(-1).sum()).item()
+    where = compared(*roll[:2], *batch[2:], cfg.d_prefixes)                  # (B, K, R)
+    n, n_pairs = where[..., 0].numel() * ranks()[1], all_sum(where.any(-1).sum()).item()
+    n_places = max(all_sum(where.sum()).item(), 1)
     learn = learn and n_pairs > 0
     discriminator.train(learn)
-    sums = torch.zeros(2, device=weights.device)
-    for part, r, w in data.parts(cfg.micro_batch, batch, roll, weights):
+    sums = torch.zeros(2, device=where.device)
+    for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
         with torch.set_grad_enabled(learn):
             scores = score(discriminator, part, *beside_gold(part, r), cfg)  # (b, 1 + K, R)
             real, fake = scores[:, :1], scores[:, 1:]
-            loss = (discriminator_loss(real, fake, cfg.d_loss) * w).sum() / max(n_pairs, 1)
+            loss = (discriminator_loss(real, fake, cfg.d_loss) * w).sum() / n_places
         if learn:
             loss.backward()
-        right = (real > fake)[..., -1] & w.any(-1)
+        right = ((real - fake)[..., -1].sign() + 1) / 2 * w.any(-1)          # .5 of equal scores
         sums += torch.stack((loss.detach(), right.sum()))
     discriminator.eval()
     d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
@@ -303,10 +309,12 @@ def reinforce_step(generator, reference, optimizer, batch, roll, rewards, runnin
     One policy-gradient update, with the MLE anchor.
 
     rewards   (B, K, R) of the discriminator; the KL penalty is taken off here
-    running_mean  of the return, the other baseline
+    running_mean  of the return, the other baseline; None at the first step, which takes its own
     returns   dict: g_loss, kl and entropy (nats per token), return_mean, mle, g_norm
     """
     n = rewards[..., 0].numel() * ranks()[1]
+    if running_mean is None:                         # the KL penalty is 0 as yet
+        running_mean = all_sum(rewards.sum()).item() / n
     sums = torch.zeros(5, device=rewards.device)
     for part, r, d_rewards in data.parts(cfg.micro_batch, batch, roll, rewards):
         answers = part.prompt, part.pad, r.response, cfg.temperature
@@ -339,7 +347,7 @@ def control_steps(generator, train_set, cfg):
     optimizer, frozen, steps = adamw(generator), replace(cfg, sft_lr=0.0), []
     for step in range(20):
         start = time.perf_counter()
-        mle_step(generator, optimizer, train_set, step, 20, frozen)
+        mle_step(generator, optimizer, train_set, 3, step, 20, frozen)
         steps.append(time.perf_counter() - start)
     seconds = np.minimum(times, 3 * np.median(times)).sum()
     return max(1, round(seconds / (all_sum(float(np.median(steps))) / ranks()[1])))
@@ -356,7 +364,7 @@ def load_generator(cfg, enc):
     return generator.to(cfg.device).eval()
 
 
-def warm_start(generator, train_set, out, log, caught, cfg):
+def warm_start(generator, train_set, stream, out, log, caught, cfg):
     """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
     path, optimizer, start = out / 'sft.pt', adamw(generator), 0
     if cfg.resume and path.exists():
@@ -373,8 +381,8 @@ def warm_start(generator, train_set, out, log, caught, cfg):
         if stop:
             return False
         if not over:
-            mle, norm = mle_step(generator, optimizer, train_set, step, cfg.sft_iters, cfg)
-            log({'sft_iter': step, 'mle': mle, 'mle_norm': norm})
+            log({'sft_iter': step, **mle_step(generator, optimizer, train_set, stream, step,
+                                              cfg.sft_iters, cfg)})
     return True
 
 
@@ -404,13 +412,13 @@ def train(cfg, caught=()):
     files = [out / 'ckpt.pt', out / 'sft.pt'] if cfg.resume else []
     saved = next((load_checkpoint(file) for file in files if file.exists()), {})
     log = Log(out, cfg, given, saved.get('log_size', 0))
-    if not warm_start(generator, train_set, out, log, caught, cfg):
+    if not warm_start(generator, train_set, 3 if cfg.control else 0, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
-    running = {'d_acc': .5, 'g_steps': 0, 'sick': 0, 'baseline': 0.0}        # d_acc: chance
+    running = {'d_acc': .5, 'start': None, 'sick': 0, 'baseline': None}       # d_acc: chance
     # resume
     if 'running' in saved:
         generator.load_state_dict(saved['model'])
@@ -452,7 +460,7 @@ def train(cfg, caught=()):
         log.lap('rollout')
 
         # discriminator step
-        moving = (running['g_steps'] > 0 or running['d_acc'] >= cfg.d_warmup_acc
+        moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         learn = not moving or running['d_acc'] <= cfg.d_max_acc
         record |= discriminator_step(discriminator, d_optimizer, batch, roll, learn, cfg)
@@ -464,11 +472,13 @@ def train(cfg, caught=()):
         # generator step
         rewards, record['reward'] = reward(discriminator, batch, roll, cfg)
         if moving:
-            running['g_steps'] += 1
-            lr = cfg.lr * schedule(it, cfg.iters, running['g_steps'], 20)
+            if running['start'] is None:
+                running['start'] = it
+            record['lr'] = cfg.lr * schedule(it - running['start'], cfg.iters - running['start'])
             record |= reinforce_step(generator, reference, optimizer, batch, roll, rewards,
-                                     running['baseline'], lr, cfg)
-            running['baseline'] = .9 * running['baseline'] + .1 * record.pop('return_mean')
+                                     running['baseline'], record['lr'], cfg)
+            mean, old = record.pop('return_mean'), running['baseline']
+            running['baseline'] = mean if old is None else .9 * old + .1 * mean
         log.lap('generator')
 
         # log

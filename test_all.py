@@ -587,6 +587,12 @@ def gradient(network, value):
     return torch.cat([g.flatten() for g in grads if g is not None])
 
 
+def gradient_of_both(network, *values):
+    return [torch.cat([g.flatten() for g in torch.autograd.grad(
+        v, list(network.parameters()), retain_graph=True, allow_unused=True) if g is not None])
+        for v in values]
+
+
 class Keep(torch.optim.SGD):
     """An optimizer that moves nothing and keeps the gradient it was last given."""
 
@@ -643,6 +649,17 @@ def test_reinforce_step_takes_the_gradient_of_its_parts():
     assert all(abs(figures[k] - v.item()) < 1e-4 for k, v in told.items()), (figures, told)
 
 
+def test_a_running_mean_starts_at_the_first_return():
+    """An equal return of all samples moves nothing, be it the first step and far from 0."""
+    cfg, policy, reference, _, batch, roll = case(reinforce, '--baseline', 'mean', '--anchor', '0',
+                                                  '--micro_batch', '3')
+    last = roll.mask & ~F.pad(roll.mask[..., 1:], (0, 1))
+    optimizer = Keep(policy)
+    figures = reinforce.reinforce_step(policy, reference, optimizer, batch, roll, 5. * last, None,
+                                       0., cfg)
+    assert figures['return_mean'] == 5 and optimizer.kept.abs().max() == 0
+
+
 def test_the_policy_that_learns_is_the_one_that_sampled():
     """Away from temperature 1 too: a policy is 0 nats from itself, and its log-probs are of that
     temperature."""
@@ -665,15 +682,17 @@ def test_the_policy_that_learns_is_the_one_that_sampled():
 
 
 def test_a_reward_is_the_margin_to_the_gold_answer():
-    for kind in 'margin', 'score', 'none':
-        cfg, _, _, network, batch, roll = case(reinforce, '--micro_batch', '3', '--reward', kind)
+    for kind, whole in ('margin', ''), ('margin', '--no-d_prefixes'), ('score', ''), ('none', ''):
+        cfg, _, _, network, batch, roll = case(reinforce, '--micro_batch', '3', '--reward', kind,
+                                               *filter(None, [whole]))
         rewards, mean = reinforce.reward(network, batch, roll, cfg)
         s = plain_scores(network, *batch[:2], roll.response)
         s_gold = plain_scores(network, *batch[:2], batch.response[:, None])
         ends = []
         for row, k in itertools.product(range(4), range(2)):
             last, gold_last = int(roll.mask[row, k].sum()) - 1, int(batch.mask[row].sum()) - 1
-            margin = (s[row, k, last] - s_gold[row, 0, min(last, gold_last)]).item()
+            gold_last = gold_last if whole else min(last, gold_last)
+            margin = (s[row, k, last] - s_gold[row, 0, gold_last]).item()
             wanted = {'margin': 2 / (1 + math.exp(-margin)) - 1, 'score': s[row, k, last].item(),
                       'none': 0.}[kind] if roll.ended[row, k] else -1.
             assert abs(rewards[row, k, last].item() - wanted) < 1e-5, (kind, row, k)
@@ -681,6 +700,47 @@ def test_a_reward_is_the_margin_to_the_gold_answer():
             ends.append(s[row, k, last].item())
         assert abs(mean - np.mean(ends)) < 1e-5
         assert kind != 'margin' or abs(rewards[0, 0].sum()) < 1e-6           # the gold answer
+
+
+def test_a_prefix_has_no_score_for_what_comes_after_it():
+    """
+    Gold and sampled answers begin alike, with one of two tokens, and go on differently: one of the
+    two is longer among the gold answers, the other among the samples. The best score of a prefix,
+    from a table, by all pairs, is the same for both tokens; Gumbel-softmax has the same places.
+    """
+    a, b, eos = 0, 1, 2
+    answers = torch.tensor([[a, eos, eos], [a, a, eos], [b, eos, eos], [b, b, eos]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]] * 2).bool()
+    gold_p, fake_p = torch.tensor([[.45, .05, .05, .45], [.05, .45, .45, .05]]).double()
+    table = torch.zeros(3, 9, dtype=torch.double, requires_grad=True)        # by column and prefix
+    prefix = (answers * 3 ** torch.arange(3)).cumsum(1) % 9
+    pairs = gold_p[:, None] * fake_p                                         # (gold, sample)
+    for script in SCRIPTS:
+        w = script.compared(answers.expand(4, 4, 3), mask.expand(4, 4, 3), answers, mask, True)
+        torch.nn.init.zeros_(table)
+        optimizer = torch.optim.Adam([table], .1)
+        for step in range(400):
+            s = model.hold_last(table[torch.arange(3), prefix], mask)
+            terms = script.discriminator_loss(s[:, None], s, 'pair') * w
+            optimizer.zero_grad()
+            (terms.sum(-1) * pairs).sum().backward()
+            optimizer.param_groups[0]['lr'] = .1 * (1 - step / 400)
+            optimizer.step()
+        apart = (table[0, a] - table[0, b]).item()
+        print(f'# {script.__name__}: first tokens apart by {apart:.5f}')
+        assert abs(apart) < 1e-3
+        assert (table[1, prefix[0, 1]] - table[1, prefix[1, 1]]).item() > 1   # and second ones are
+
+
+def test_equal_scores_count_half():
+    for script in SCRIPTS:
+        minibatch = ['--minibatch', '4'] if script is ppo else []
+        cfg, gpt, _, network, batch, roll = case(script, *minibatch)
+        torch.nn.init.zeros_(network.score.weight)
+        first = (network, gpt) if script is gumbel else (network,)
+        more = (.7, torch.Generator()) if script is gumbel else ()
+        record = script.discriminator_step(*first, None, batch, roll, False, *more, cfg)
+        assert record['d_acc'] == .5, record
 
 
 @unclipped
@@ -704,10 +764,10 @@ def test_discriminator_gradient_is_that_of_the_objective():
                 a, b = s_gold[row, min(t, ends[0])], s[row, k, min(t, ends[1])]
                 terms.append(-torch.log(torch.sigmoid(a - b)) if kind == 'pair' else
                              -torch.log(torch.sigmoid(a)) - torch.log(1 - torch.sigmoid(b)))
-            losses.append(sum(terms) / len(terms))
+            losses += terms
             right.append((a > b).item())
         loss = sum(losses) / len(losses)
-        assert len(losses) == 7
+        assert len(right) == 7
         wanted = gradient(network, loss)
         assert (optimizer.kept - wanted).abs().max() < 1e-5 and wanted.abs().max() > 1e-3
         assert abs(out['d_loss'] - loss.item()) < 1e-5 and abs(out['tie_rate'] - 1 / 8) < 1e-6
@@ -778,9 +838,10 @@ def test_gae_equals_the_double_sum():
                 assert abs(A[at][t].item() - wanted) < 1e-12
                 assert abs(returns[at][t].item() - wanted - V[t]) < 1e-12
         assert not A[~mask].any() and not returns[~mask].any()
-    w = ppo.whiten(A, mask)
-    assert abs(w[mask].mean()) < 1e-12 and abs(w[mask].std(correction=0) - 1) < 1e-6
-    assert not w[~mask].any()
+    centred = ppo.centre(A, mask)
+    assert abs(centred[mask].mean()) < 1e-12 and not centred[~mask].any()
+    # noise stays as small as it is
+    assert (centred - (A - A[mask].mean()))[mask].abs().max() < 1e-12
 
 
 def test_ppo_gradient_at_ratio_one_is_exact():
@@ -822,6 +883,14 @@ def test_clipping_by_hand():
         out = ppo.value_loss(new, torch.tensor([[old]]), torch.tensor([[target]]), one, eps)
         out.backward()
         assert abs(out.item() - loss) < 1e-5 and bool(new.grad) == flows, (value, old, target)
+
+
+def test_nothing_is_exponentiated_outside_the_mask():
+    mask = torch.tensor([[[True, False]]])
+    new = torch.tensor([[[-1., 200.]]], requires_grad=True)
+    loss = ppo.clipped_policy_loss(new, torch.full((1, 1, 2), -1.), torch.ones(1, 1, 2), mask, .2)
+    loss.backward()
+    assert loss.item() == -1 and new.grad.tolist() == [[[-1., 0.]]]
 
 
 def ppo_case(*flags):
@@ -874,7 +943,7 @@ def test_ppo_update_takes_the_gradient_of_its_parts():
 
 @unclipped
 def test_ppo_step_takes_its_gradient_from_scores_to_both_networks():
-    """KL into the reward, GAE, whitening, losses: written out here for one update of all rows."""
+    """KL into the reward, GAE, centring, losses: written out here for one update of all rows."""
     cfg, policy, reference, critic, batch, roll, rewards, optimizers, passages = ppo_case(
         '--beta', '.3', '--lam', '.8', '--anchor', '.4')
     running, mask = {'updates': 1}, roll.mask
@@ -891,12 +960,11 @@ def test_ppo_step_takes_its_gradient_from_scores_to_both_networks():
                 after = V[b, k, i + 1] if i + 1 < r.size(-1) else 0
                 A[b, k, t] += .8 ** (i - t) * (r[b, k, i] + after - V[b, k, i])
         returns = (A + V)[mask]
-        white = torch.zeros_like(A)
-        white[mask] = (A[mask] - A[mask].mean()) / A[mask].std(correction=0)
+        centred = A - A[mask].mean()
     drawn = torch.from_numpy(passages)[data.order(3, ppo.PASSAGES, (cfg.seed, 2), 1)]
     gold = plain_logprobs(policy, *batch[:2], batch.response[:, None])[0][:, 0]
     extra = -policy(drawn)[:, :-1].log_softmax(-1).gather(-1, drawn[:, 1:, None]).mean()
-    loss = (-(white * (logprobs - logprobs.detach()).exp())[mask].mean()
+    loss = (-(centred * (logprobs - logprobs.detach()).exp())[mask].mean()
             - .4 * gold[batch.mask].mean() + cfg.pretrain * extra)
     v_loss = .5 * (values[mask] - returns).square().mean()
     wanted = gradient(policy, loss), gradient(critic, v_loss)
@@ -1020,20 +1088,19 @@ def test_gumbel_gradient_is_that_of_the_sequential_sampler():
     assert (grads[0] - grads[1]).abs().max() < 1e-9 and grads[0].abs().max() > 1e-4
 
 
-def pair_loss_by_hand(s, response, mask, sign, scale):
-    """Of scores (B, 1 + K, R) of a gold answer and samples, over the prefixes from the first
-    difference on, over scale; sign 1 for the generator, -1 for the discriminator."""
-    total = 0.0
+def pair_loss_by_hand(s, response, mask, sign):
+    """Of scores (B, 1 + K, R) of a gold answer and samples, at all prefixes from the first
+    difference on, a list; sign 1 for the generator, -1 for the discriminator."""
+    terms = []
     for row, k in itertools.product(range(len(s)), range(1, s.size(1))):
         if torch.equal(response[row, k], response[row, 0]):
             continue                                 # a tie
         gold_last, last = (int(mask[row, j].sum()) - 1 for j in (0, k))
         first = int((response[row, k] != response[row, 0]).nonzero()[0])
         real = s[row, 0].detach() if sign > 0 else s[row, 0]
-        terms = [F.softplus(sign * (real[min(t, gold_last)] - s[row, k, min(t, last)]))
-                 for t in range(first, max(last, gold_last) + 1)]
-        total = total + sum(terms) / len(terms) / scale
-    return total
+        terms += [F.softplus(sign * (real[min(t, gold_last)] - s[row, k, min(t, last)]))
+                  for t in range(first, max(last, gold_last) + 1)]
+    return terms
 
 
 @unclipped
@@ -1062,17 +1129,39 @@ def test_gumbel_steps_take_the_gradient_of_their_parts():
                                                  .7, None, cfg)
             assert all(q.grad is None for q in gpt.parameters())
         s = discriminator(*batch[:2], z.detach())
-        wanted = gradient(discriminator, pair_loss_by_hand(s, response, mask, -1, 7))
+        terms = pair_loss_by_hand(s, response, mask, -1)
+        wanted = gradient(discriminator, sum(terms) / len(terms))
         assert (d_optimizer.kept - wanted).abs().max() < 1e-5 and wanted.abs().max() > 1e-3
         scores = gumbel.score(discriminator, batch, z, mask, cfg)[:, 1:, -1]
         assert abs(d_record['reward'] - scores.mean()) < 1e-5
-        g_loss = pair_loss_by_hand(discriminator(*batch[:2], z), response, mask, 1, 8)
+        terms = pair_loss_by_hand(discriminator(*batch[:2], z), response, mask, 1)
+        g_loss = sum(terms) / roll.mask.sum()
         p = logits.softmax(-1)
-        kl = (p * (p.log() - ref_logits.log_softmax(-1))).sum(-1)[:, 1:][roll.mask]
+        kl = (p * (p.log() - ref_logits.log_softmax(-1))).sum(-1)[:, 1:] * roll.mask
+        to_come = kl.detach().flip(-1).cumsum(-1).flip(-1) - kl.detach()
+        chosen = p[:, 1:].gather(-1, roll.response[..., None])[..., 0].log()
         gold = plain_logprobs(gpt, *batch[:2], batch.response[:, None])[0][:, 0][batch.mask]
-        wanted = gradient(gpt, g_loss + .3 * kl.sum() / 8 - .4 * gold.mean())
+        penalty = (kl + to_come * chosen).sum() / 8
+        wanted = gradient(gpt, g_loss + .3 * penalty - .4 * gold.mean())
         assert (optimizer.kept - wanted).abs().max() < 1e-5 and wanted.abs().max() > 1e-3
-        assert abs(record['g_loss'] - g_loss) < 1e-5 and abs(record['kl'] - kl.mean()) < 1e-5
+        assert abs(record['g_loss'] - g_loss) < 1e-5
+        assert abs(record['kl'] - kl[roll.mask].mean()) < 1e-5
+
+
+def test_kl_penalty_has_the_exact_gradient():
+    """In expectation over all answers; without what a token does to later ones it is 16% off."""
+    policy, _, response, mask, _, _ = enumerated()
+    reference, prompt = tiny_gpt(2, vocab_size=3, n_layer=1).double(), torch.tensor([[0, 1]])
+    logits, ref_logits = (net.head(net.response_hidden(prompt, torch.tensor([0]), response))
+                          for net in (policy, reference))
+    logp, ref_logp = (z.log_softmax(-1).gather(-1, response[..., None])[..., 0] * mask
+                      for z in (logits, ref_logits))
+    p = logp.sum(-1).exp()
+    kl = (p * (logp - ref_logp).sum(-1)).sum()
+    per_token, _ = gumbel.kl_penalty(logits, ref_logits.detach(), response, mask)
+    assert abs((p * per_token.sum(-1)).sum() - kl) < 1e-9
+    exact, found = gradient_of_both(policy, kl, (p.detach() * per_token.sum(-1)).sum())
+    assert (found - exact).norm() / exact.norm() < 1e-9
 
 
 def test_bias_and_variance_of_the_estimator():
@@ -1401,6 +1490,31 @@ def test_a_resumed_gumbel_run_equals_an_uninterrupted_one():
     resumed_equals_uninterrupted(gumbel, '--beta', '.1')
 
 
+def test_the_learning_rate_is_reached():
+    """By the generator's own steps, however late they begin; so is the warm start's."""
+    for steps in 1, 2, 7, 150, 8000:
+        shares = [model.schedule(step, steps) for step in range(steps)]
+        assert max(shares) == 1 and min(shares) > 0 and (steps < 100 or shares[-1] < .11)
+    for script in SCRIPTS:
+        train(script, folder('rate'), *SMALL_OF[script], '--iters', '18', '--d_warmup_iters', '12',
+              '--d_warmup_acc', '1', '--eval_interval', '20')
+        rows = [r for r in records(SCRATCH / 'rate') if 'lr' in r]
+        for peak, kind in (script.TINY['lr'], 'iter'), (script.TINY['sft_lr'], 'sft_iter'):
+            rates = [r['lr'] for r in rows if kind in r]
+            assert len(rates) == (6 if kind == 'iter' else 4) and max(rates) >= .95 * peak, rates
+
+
+def test_adam_moves_where_gradients_are_small():
+    """Clipped to a norm of 1, those of 124M parameters are 1e-4 at most, of many 1e-7."""
+    network = torch.nn.Linear(1, 1)
+    optimizer = model.adamw(network)
+    before = network.weight.item()
+    network.weight.grad, network.bias.grad = torch.full((1, 1), 1e-7), torch.ones(1)
+    with unclipped:
+        model.update(network, optimizer, .1)
+    assert abs(before - network.weight.item() - .1) < .02
+
+
 def slow_save(save=torch.save):
     """Makes every checkpoint take a tenth of a second, half of it on disk meanwhile."""
     def halting(state, f):
@@ -1646,7 +1760,7 @@ def steps_of_all_scripts(rank=0, **where):
         mine = model.shard(torch.arange(4))
         batch, roll, rewards = (data.take(z, mine) for z in (batch, roll, rewards))
         keeps = {k: Keep(z) for k, z in (('g', gpt), ('d', discriminator), ('c', critic))}
-        figures = dict(zip(('mle', 'mle_norm'), script.mle_step(gpt, keeps['g'], split, 0, 1, cfg)))
+        figures = script.mle_step(gpt, keeps['g'], split, 0, 0, 1, cfg)
         found[name, 'mle'] = keeps['g'].kept
         early, late = ([gpt], [.7, None]) if script is gumbel else ([], [])
         with patched(gumbel, 'conditional_noise', fixed_noise), unclipped:
@@ -1790,14 +1904,17 @@ def test_control_spends_the_time_of_a_run_on_mle():
              {'iter': 2, 'seconds': {'rollout': .1}}, {'iter': 3, 'seconds': {'rollout': 9.}}]
     (run / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     clock = itertools.count(0., .025)                # .1, .4, .1, and three medians of .25
-    with (patched(reinforce, 'mle_step', lambda *a: (0., 0.)),
+    with (patched(reinforce, 'mle_step', lambda *a: {}),
           patched(reinforce, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))):
         cfg = reinforce.parse(['--tiny', '--control', str(run)])
         assert reinforce.control_steps(tiny_gpt(), None, cfg) == round(1.35 / .025)
-    result = train(reinforce, out, *SMALL, '--control', str(run))
+    seen, order = [], data.order
+    with patched(data, 'order', lambda *a: seen.append(a[2]) or order(*a)):
+        result = train(reinforce, out, *SMALL, '--control', str(run))
+    assert set(seen) == {(1, 3)}                     # other batches than the warm start's, (1, 0)
     rows = [r for r in records(out) if 'mle' in r]
     assert result.keys() == {'more MLE'} and len(rows) > 4
-    assert all(r.keys() == {'sft_iter', 'mle', 'mle_norm'} for r in rows)
+    assert all(r.keys() == {'sft_iter', 'mle', 'mle_norm', 'lr'} for r in rows)
     assert load_checkpoint(out / 'ckpt.pt')['settings']['sft_iters'] == len(rows)
     assert train(reinforce, out, '--resume') == result
 
