@@ -163,8 +163,8 @@ def compared(response, mask, gold, gold_mask, prefixes):
     """
     Where samples (B, K, R) and gold answers (B, R) are to be told apart, (B, K, R) bool: nowhere in
     a tie; with prefixes, from the first difference to the end of the longer answer; else at the
-    last column, where both are over. All places of a batch weigh the same: were each divided by the
-    number in its pair, a prefix would weigh by what comes after it.
+    last column, where both are over. All places of a batch weigh the same: by shares of its pair, a
+    prefix would weigh by what comes after it.
     """
     differ = (response != gold[:, None]).cumsum(-1) > 0
     if prefixes:
@@ -209,8 +209,8 @@ def kl_penalty(logits, ref_logits, response, mask):
     KL(pi || reference) of samples, whose gradient is the exact one in expectation.
 
     logits, ref_logits  (B, K, R, V), the first with gradient; response, mask (B, K, R)
-    returns  KL at each token's distribution, with the gradient of its sum over all continuations:
-             its own, and that of the token's log-probability times the KL to come (score function);
+    returns  the KL at each token, whose gradient is its own and, for what the token does to later
+             ones, that of its log-probability times the KL to come (score function);
              the entropy of pi without gradient; (B, K, R), nats, 0 outside the mask
     """
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
@@ -332,7 +332,8 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     One update by the discriminator's gradient through the relaxed samples, with the MLE anchor.
 
     The loss is over the prefixes that the discriminator learns from, for whole answers alone say
-    little about which token to change; their sum is divided by all tokens, those of ties too.
+    little about which token to change; their sum is divided by all tokens, those of ties too, the
+    KL's by the answers.
     returns  dict: g_loss, g_norm, mle, kl and entropy (nats per token)
     """
     n, n_tokens = roll.mask[..., 0].numel() * ranks()[1], all_sum(roll.mask.sum())

@@ -181,8 +181,8 @@ def compared(response, mask, gold, gold_mask, prefixes):
     """
     Where samples (B, K, R) and gold answers (B, R) are to be told apart, (B, K, R) bool: nowhere in
     a tie; with prefixes, from the first difference to the end of the longer answer; else at the
-    last column, where both are over. All places of a batch weigh the same: were each divided by the
-    number in its pair, a prefix would weigh by what comes after it.
+    last column, where both are over. All places of a batch weigh the same: by shares of its pair, a
+    prefix would weigh by what comes after it.
     """
     differ = (response != gold[:, None]).cumsum(-1) > 0
     if prefixes:

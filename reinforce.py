@@ -172,8 +172,8 @@ def compared(response, mask, gold, gold_mask, prefixes):
     """
     Where samples (B, K, R) and gold answers (B, R) are to be told apart, (B, K, R) bool: nowhere in
     a tie; with prefixes, from the first difference to the end of the longer answer; else at the
-    last column, where both are over. All places of a batch weigh the same: were each divided by the
-    number in its pair, a prefix would weigh by what comes after it.
+    last column, where both are over. All places of a batch weigh the same: by shares of its pair, a
+    prefix would weigh by what comes after it.
     """
     differ = (response != gold[:, None]).cumsum(-1) > 0
     if prefixes:
@@ -309,11 +309,12 @@ def reinforce_step(generator, reference, optimizer, batch, roll, rewards, runnin
     One policy-gradient update, with the MLE anchor.
 
     rewards   (B, K, R) of the discriminator; the KL penalty is taken off here
-    running_mean  of the return, the other baseline; None at the first step, which takes its own
+    running_mean  of the return, the other baseline; None at the first step, which takes its own,
+                  biased by 1/n
     returns   dict: g_loss, kl and entropy (nats per token), return_mean, mle, g_norm
     """
     n = rewards[..., 0].numel() * ranks()[1]
-    if running_mean is None:                         # the KL penalty is 0 as yet
+    if cfg.baseline == 'mean' and running_mean is None:      # the KL penalty is 0 as yet
         running_mean = all_sum(rewards.sum()).item() / n
     sums = torch.zeros(5, device=rewards.device)
     for part, r, d_rewards in data.parts(cfg.micro_batch, batch, roll, rewards):

@@ -27,7 +27,7 @@ import data
 from model import (GPT, Discriminator, autocast, hold_last, keep_freed_memory, load_checkpoint,
                    memory_full, open_device)
 
-JUDGES = 3                       # fresh discriminators to a figure
+JUDGES, PAIRS = 3, 200           # fresh discriminators to a figure; fewer pairs are not judged
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32, temperature=1.0)
 
 # -----------------------------------------------------------------------------
@@ -56,13 +56,17 @@ def task_of(sources, args, examples=None):
                            settings['context']), settings
 
 
-def load(source, enc, device):
-    """A GPT from whatever --init_from takes, checked against the tokenizer."""
+def load(source, enc, settings, args):
+    """A GPT from whatever --init_from takes, checked against the tokenizer and the settings."""
     generator = GPT.from_pretrained(source)
     if generator.config.vocab_size != enc.n_vocab:
         raise ValueError(f'{source} has a vocabulary of {generator.config.vocab_size}, the '
                          f'tokenizer one of {enc.n_vocab}: give --data as it was trained')
-    return generator.to(device).eval()
+    wanted = settings['max_prompt'] + settings['max_response']
+    if generator.config.block_size < wanted:
+        raise ValueError(f'{source} takes {generator.config.block_size} tokens, a prompt and its '
+                         f'answer have {wanted}: judge it by itself')
+    return generator.to(args.device).eval()
 
 
 def names(arguments):
@@ -116,20 +120,20 @@ def answer(generator, split, temperature, args):
 def ask(args):
     """Answers args.question with args.ckpt."""
     example = {'question': args.question, 'context': args.context or '', 'answers': []}
-    enc, split, _ = task_of([args.ckpt], args, [example] * args.samples)
-    ids = answer(load(args.ckpt, enc, args.device), split, args.temperature[0], args)
+    enc, split, settings = task_of([args.ckpt], args, [example] * args.samples)
+    ids = answer(load(args.ckpt, enc, settings, args), split, args.temperature[0], args)
     print('\n'.join(data.to_text(*ids, enc)))
 
 
 def compare(args):
     """Prints the answers of all checkpoints to the same dev prompts."""
     named = names(args.compare)
-    enc, split, _ = task_of([source for _, source in named], args)
+    enc, split, settings = task_of([source for _, source in named], args)
     columns = {'question': [e['question'] for e in split.examples],
                'gold': [' | '.join(dict.fromkeys(e['answers'])) or data.UNANSWERABLE
                         for e in split.examples]}
     for name, source in named:
-        ids = answer(load(source, enc, args.device), split, args.temperature[0], args)
+        ids = answer(load(source, enc, settings, args), split, args.temperature[0], args)
         columns[name] = data.to_text(*ids, enc)
     width = max(map(len, columns))
     for row in zip(*columns.values()):
@@ -202,23 +206,28 @@ def finish(networks, discriminator, split, enc, out, cfg):
 
 
 def interval(right, passages):
-    """95% interval of the mean of right (n,), each of a passage, a name, by bootstrap over passages
-    (Efron 1979): trials on one passage are not independent."""
-    place = np.unique(passages, return_inverse=True)[1]
-    sums, counts, rng = np.bincount(place, right), np.bincount(place), np.random.default_rng(0)
+    """95% interval of the mean of right (n,), each of a passage, by its number: bootstrap over the
+    passages (Efron 1979), for trials on one passage are not independent. What another training of
+    the judges would change is not in it."""
+    sums, counts = np.bincount(passages, right), np.bincount(passages)
+    sums, counts, rng = sums[counts > 0], counts[counts > 0], np.random.default_rng(0)
     drawn = [rng.integers(len(sums), size=len(sums)) for _ in range(2000)]
     return np.quantile([sums[d].sum() / counts[d].sum() for d in drawn], (.025, .975)).tolist()
 
 
-def halves(examples, seed):
-    """Numbers of the examples of either half; no context, so no prompt, is in both."""
-    contexts = list(dict.fromkeys(e['context'] for e in examples))
-    if len(contexts) < 2:
-        raise ValueError(f'--prompts {len(examples)} share one passage: give more')
-    order = np.random.default_rng(seed).permutation(len(contexts))
-    side = {contexts[i]: place % 2 for place, i in enumerate(order)}
-    return [np.array([i for i, e in enumerate(examples) if side[e['context']] == half])
-            for half in (0, 1)]
+def passages_of(examples):
+    """The number of each example's passage, (N,)."""
+    number = {}
+    return np.array([number.setdefault(e['context'], len(number)) for e in examples])
+
+
+def halves(passages, seed):
+    """Numbers of the examples of either half; no passage (N,), so no prompt, is in both."""
+    n = passages.max() + 1
+    if n < 2:
+        raise ValueError(f'--prompts {len(passages)} share one passage: give more')
+    side = np.random.default_rng(seed).permutation(n) % 2
+    return [np.flatnonzero(side[passages] == half) for half in (0, 1)]
 
 
 def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
@@ -233,37 +242,38 @@ def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
                      scores, of the discriminator and of length and eos alone
     """
     gold = split.batch(range(len(split)), args.device)
-    untied = (gold.response != fake).any(1).cpu().numpy()
-    learn, judge = (rows[untied[rows]] for rows in halves(split.examples, seed))
+    differ = (gold.response != fake).cumsum(1) > 0                           # (N, R)
+    where, untied = differ & (gold.mask | fake_mask), differ[:, -1].cpu().numpy()
+    learn, judge = (rows[untied[rows]] for rows in halves(passages_of(split.examples), seed))
     if not len(learn) or not len(judge):
-        return judge[:0], np.zeros((0, 3))
+        raise ValueError(f'all {untied.sum()} answers that differ are on one half of the passages: '
+                         'give more --prompts')
     torch.manual_seed(hash(seed) % 2 ** 31)
     network = Discriminator(trunk, dropout=.1).to(args.device)
     lr, steps = args.test_lr or .064 / trunk.config.n_embd, args.test_steps
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=.01)
 
     def margins(rows):
-        """Score of the gold answer over the sampled one's at every column, (n, R); `where`."""
+        """Score of the gold answer over the sampled one's at every column, (n, R)."""
         b, sampled, sampled_mask = split.batch(rows, args.device), fake[rows], fake_mask[rows]
         with autocast(args):
             scores = hold_last(network(b.prompt, b.pad, torch.stack((b.response, sampled), 1)),
                                torch.stack((b.mask, sampled_mask), 1))       # (n, 2, R)
-        differ = (b.response != sampled).cumsum(1) > 0
-        return scores[:, 0] - scores[:, 1], differ & (b.mask | sampled_mask)
+        return scores[:, 0] - scores[:, 1]
 
     network.train()
     for step in tqdm(range(steps), 'fresh discriminator', disable=None, leave=False):
         rows = learn[data.order(len(learn), min(args.batch_size, len(learn)), seed, step)]
         for part in np.array_split(rows, -(-len(rows) // args.micro_batch)):
-            margin, where = margins(part)            # each prefix weighs the same, as in training
-            (F.softplus(-margin) * where).sum().div(len(rows)).backward()
+            loss = F.softplus(-margins(part)) * where[part]
+            (loss.sum() / where[rows].sum()).backward()      # each prefix the same, as in training
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.param_groups[0]['lr'] = lr * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
     network.eval()
     with torch.no_grad():
-        ends = torch.cat([margins(rows)[0][:, -1] for rows in
+        ends = torch.cat([margins(rows)[:, -1] for rows in
                           np.array_split(judge, -(-len(judge) // args.batch_size))])
     eos = [((ids == split.eos) & mask).any(1).long()
            for ids, mask in ((gold.response, gold.mask), (fake, fake_mask))]
@@ -288,28 +298,28 @@ def told_apart(trunk, split, fake, fake_mask, args):
     with halves of its own: how many pairs they tell; 50% cannot be told apart.
 
     returns  dict: accuracy, of all judgements; low, high (its 95% interval); judges (the accuracy
-             of each); pairs, ties (pairs that differ, that do not); length_accuracy and
-             eos_accuracy, of the cheats; shares, not percent
+             of each); pairs, ties (of the whole split: answers that differ, that do not);
+             length_accuracy and eos_accuracy, of the cheats; shares, not percent. Of fewer than
+             PAIRS pairs the accuracies are .5, and the interval is all of it
     """
-    found = [fresh_discriminator(trunk, split, fake, fake_mask, (args.seed, k), args)
-             for k in range(JUDGES)]
     ties = int((split.batch(range(len(split))).response == fake.cpu()).all(1).sum())
     figures = {'accuracy': .5, 'low': 0., 'high': 1., 'length_accuracy': .5, 'eos_accuracy': .5,
                'judges': [], 'pairs': len(split) - ties, 'ties': ties}
+    if figures['pairs'] < PAIRS:
+        return figures
+    found = [fresh_discriminator(trunk, split, fake, fake_mask, (args.seed, k), args)
+             for k in range(JUDGES)]
     rows, right = (np.concatenate(z) for z in zip(*found))
-    if len(rows):
-        names = 'accuracy', 'length_accuracy', 'eos_accuracy'
-        figures |= zip(names, right.mean(0).tolist())
-        figures['judges'] = [r[:, 0].mean().item() for _, r in found]
-        figures['low'], figures['high'] = interval(
-            right[:, 0], [split.examples[i]['context'] for i in rows])
+    figures |= zip(('accuracy', 'length_accuracy', 'eos_accuracy'), right.mean(0).tolist())
+    figures['judges'] = [r[:, 0].mean().item() for _, r in found]
+    figures['low'], figures['high'] = interval(right[:, 0], passages_of(split.examples)[rows])
     return figures
 
 
 @torch.no_grad()
 def drift(generator, base, split, temperature, args):
-    """Nats per token: KL(generator || base) at the temperature, as a run logs it, but exact at each
-    token of samples; and the mean -log probability, at 1, of the gold answers."""
+    """Nats per token: KL(generator || base) at the temperature, over the whole vocabulary, as a run
+    logs it, but exact at each token of samples; -log probability, at 1, of the gold answers."""
     temperature = temperature or 1.0                 # greedy answers have none
     rng, sums = torch.Generator(args.device).manual_seed(args.seed), []
     for rows in batches(split, args.batch_size):
@@ -376,13 +386,17 @@ def judge(generator, base, discriminator, split, enc, temperature, args):
     return figures
 
 
+def accuracy(figures):
+    """Of the fresh discriminators, a share; NaN where they had too few pairs."""
+    return figures['fresh']['accuracy'] if figures['fresh']['pairs'] >= PAIRS else math.nan
+
+
 COLUMNS = {  # header: format, value of the figures
     'EM': ('.1f', lambda f: f['em']), 'F1': ('.1f', lambda f: f['f1']),
     'F1 sampled': ('.1f', lambda f: f['sample_f1']),
-    'told apart %': ('.1f', lambda f: 100 * f['fresh']['accuracy']
-                     if f['fresh']['pairs'] >= 200 else math.nan),       # noise, of fewer
-    'of all %': ('.1f', lambda f: 100 * f['fresh']['accuracy'] + 100 * f['fresh']['ties']
-                 / f['prompts'] * (.5 - f['fresh']['accuracy'])),            # a tie counts half
+    'told apart %': ('.1f', lambda f: 100 * accuracy(f)),
+    'of all %': ('.1f', lambda f: 100 * accuracy(f) + 100 * f['fresh']['ties'] / f['prompts']
+                 * (.5 - accuracy(f))),                                      # a tie counts half
     'ties %': ('.1f', lambda f: 100 * f['fresh']['ties'] / f['prompts']),
     'distinct-2': ('.3f', lambda f: f['distinct2']),
     'length dist.': ('.3f', lambda f: f['length_distance']),
@@ -399,14 +413,15 @@ def columns_of(figures):
     return {header: (spec, value(figures)) for header, (spec, value) in columns.items()}
 
 
-def load_discriminator(path, enc, device):
-    """The discriminator of a run's ckpt.pt, checked against the tokenizer."""
-    trunk, saved = load(path, enc, device), load_checkpoint(path)
-    if 'discriminator' not in saved:
-        raise ValueError(f'--discriminator {path} holds none: give the ckpt.pt of a run')
+def load_discriminator(path, enc, settings, args):
+    """The discriminator of a run's ckpt.pt, checked like a generator."""
+    trunk, state = load(path, enc, settings, args), load_checkpoint(path).get('discriminator', {})
+    if not state or not state['score.weight'].any():
+        raise ValueError(f'--discriminator {path} holds none that has learned: give the ckpt.pt of '
+                         'a run')
     discriminator = Discriminator(trunk)
-    discriminator.load_state_dict(saved['discriminator'])
-    return discriminator.to(device).eval()
+    discriminator.load_state_dict(state)
+    return discriminator.to(args.device).eval()
 
 
 def evaluate(args):
@@ -414,24 +429,24 @@ def evaluate(args):
     named = names(args.evaluate)
     enc, split, settings = task_of([source for _, source in named], args)
     args.base = args.base or named[0][1]
-    base, discriminator = load(args.base, enc, args.device), None
+    base, discriminator = load(args.base, enc, settings, args), None
     if args.best_of:
-        discriminator = load_discriminator(args.discriminator, enc, args.device)
+        discriminator = load_discriminator(args.discriminator, enc, settings, args)
     gold = split.batch(range(len(split)))
     print(f'{len(split)} prompts of {settings["data"]}; gold answers: distinct-2 '
           f'{data.distinct(gold.response, gold.mask, 2):.3f}, length {split.lengths.mean():.2f}; '
-          f'fresh discriminators start from {args.base}, and so does KL, in nats per token')
+          f'fresh discriminators start from {args.base}, KL is from it, in nats per token')
     results = defaultdict(list)
     for name, source in named:
-        generator = load(source, enc, args.device)
+        generator = load(source, enc, settings, args)
         for temperature in args.temperature:
             f = judge(generator, base, discriminator, split, enc, temperature, args)
             f |= {'prompts': len(split), 'temperature': temperature, 'source': source}
             label = name if len(args.temperature) == 1 else f'{name}, T {temperature}'
             results[label].append(f)
             keep_freed_memory(False)
-            print(f'\n{label}: ' + ', '.join(f'{header} {value:{spec}}' for header, (spec, value)
-                                             in columns_of(f).items()))
+            print(f'\n{label}, at {temperature}: ' + ', '.join(
+                f'{header} {value:{spec}}' for header, (spec, value) in columns_of(f).items()))
             print('  told apart {accuracy:.1%} [{low:.1%}, {high:.1%}] of {pairs} pairs, {ties} '
                   'ties left out; by length {length_accuracy:.1%}, by eos {eos_accuracy:.1%}'
                   .format(**f['fresh']))
@@ -571,7 +586,7 @@ FLAGS = {  # type, default, help
     'seed': (int, 1, 'of the sampling noise'),
     'batch_size': (int, 64, 'prompts at a time, those that are learned from included'),
     'micro_batch': (int, 16, 'prompts of one backward pass; lower it to save memory'),
-    'base': (str, None, 'with --evaluate, where fresh discriminators and KL start; the first file'),
+    'base': (str, None, 'with --evaluate, what judges and KL start from; else the first file'),
     'test_steps': (int, 400, 'of a fresh discriminator, with --evaluate'),
     'test_lr': (float, None, 'its learning rate, .064 / n_embd'),
     'best_of': (int, None, 'with --evaluate, so many samples for --discriminator to choose from'),
@@ -589,8 +604,8 @@ def main(argv=None):
     what.add_argument('--table', nargs='+', metavar='FILE', help='Markdown of evaluations or runs')
     what.add_argument('--plot', nargs='+', metavar='RUN', help='to draw the curves of')
     parser.add_argument('--temperature', type=float, nargs='+',
-                        help='0 for greedy; several with --evaluate; by default as in training '
-                        "(the poster's: .8, with --top_k 100)")
+                        help='0 for greedy; several with --evaluate; by default what the first '
+                        "file was trained at (the poster's: .8, with --top_k 100)")
     parser.add_argument('--dtype', choices=['auto', 'bfloat16', 'float32'], default='auto',
                         help='of activations; auto: bfloat16 on CUDA (default: auto)')
     for name, (kind, default, note) in FLAGS.items():
@@ -602,6 +617,8 @@ def main(argv=None):
         parser.error('--ckpt needs --question')
     if bool(args.best_of) != bool(args.discriminator) or args.best_of and not args.evaluate:
         parser.error('--best_of goes with --discriminator and --evaluate: give all or none')
+    if args.best_of and 0 in (args.temperature or []):
+        parser.error('--best_of with --temperature 0: all answers would be one, give another')
     for name in ('samples', 'prompts', 'top_k', 'batch_size', 'micro_batch', 'test_steps',
                  'best_of'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
