@@ -267,8 +267,8 @@ def mle_gradient(generator, batch, weight, cfg):
 
 
 def mle_step(generator, optimizer, train_set, stream, step, steps, cfg):
-    """MLE update number `step` of `steps`, on batches of this stream, a number; dict: mle, the loss
-    in nats per token, mle_norm, lr."""
+    """MLE update number `step` of `steps`; dict: mle, the loss in nats per token, mle_norm, lr. The
+    stream of batches: 0 a warm start's; 1 is the rollouts', 2 the passages', 3 a control's."""
     index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, stream), step)
     lr = cfg.sft_lr * schedule(step, steps)
     loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
