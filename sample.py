@@ -299,13 +299,13 @@ def told_apart(trunk, split, fake, fake_mask, args):
 
     returns  dict: accuracy, of all judgements; low, high (its 95% interval); judges (the accuracy
              of each); pairs, ties (of the whole split: answers that differ, that do not);
-             length_accuracy and eos_accuracy, of the cheats; shares, not percent. Of fewer than
-             PAIRS pairs the accuracies are .5, and the interval is all of it
+             length_accuracy and eos_accuracy, of the cheats; shares, not percent. With fewer
+             than PAIRS pairs or no steps, judges is empty, and the interval is all of it
     """
     ties = int((split.batch(range(len(split))).response == fake.cpu()).all(1).sum())
     figures = {'accuracy': .5, 'low': 0., 'high': 1., 'length_accuracy': .5, 'eos_accuracy': .5,
                'judges': [], 'pairs': len(split) - ties, 'ties': ties}
-    if figures['pairs'] < PAIRS:
+    if figures['pairs'] < PAIRS or not args.test_steps:
         return figures
     found = [fresh_discriminator(trunk, split, fake, fake_mask, (args.seed, k), args)
              for k in range(JUDGES)]
@@ -387,8 +387,8 @@ def judge(generator, base, discriminator, split, enc, temperature, args):
 
 
 def accuracy(figures):
-    """Of the fresh discriminators, a share; NaN where they had too few pairs."""
-    return figures['fresh']['accuracy'] if figures['fresh']['pairs'] >= PAIRS else math.nan
+    """Of the fresh discriminators, a share; NaN where none judged."""
+    return figures['fresh']['accuracy'] if figures['fresh'].get('judges', True) else math.nan
 
 
 COLUMNS = {  # header: format, value of the figures
@@ -587,7 +587,7 @@ FLAGS = {  # type, default, help
     'batch_size': (int, 64, 'prompts at a time, those that are learned from included'),
     'micro_batch': (int, 16, 'prompts of one backward pass; lower it to save memory'),
     'base': (str, None, 'with --evaluate, what judges and KL start from; else the first file'),
-    'test_steps': (int, 400, 'of a fresh discriminator, with --evaluate'),
+    'test_steps': (int, 400, 'of a fresh discriminator, with --evaluate; 0 for none'),
     'test_lr': (float, None, 'its learning rate, .064 / n_embd'),
     'best_of': (int, None, 'with --evaluate, so many samples for --discriminator to choose from'),
     'discriminator': (str, None, 'the ckpt.pt of a run, whose discriminator chooses'),
@@ -619,11 +619,11 @@ def main(argv=None):
         parser.error('--best_of goes with --discriminator and --evaluate: give all or none')
     if args.best_of and 0 in (args.temperature or []):
         parser.error('--best_of with --temperature 0: all answers would be one, give another')
-    for name in ('samples', 'prompts', 'top_k', 'batch_size', 'micro_batch', 'test_steps',
-                 'best_of'):
+    for name in 'samples', 'prompts', 'top_k', 'batch_size', 'micro_batch', 'best_of':
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name} {getattr(args, name)}: give at least 1')
-    for name, values in ('temperature', args.temperature or [0]), ('test_lr', [args.test_lr or 0]):
+    for name, values in (('temperature', args.temperature or [0]), ('test_lr', [args.test_lr or 0]),
+                         ('test_steps', [args.test_steps])):
         if min(values) < 0:
             parser.error(f'--{name} {min(values)}: give at least 0')
     chosen = next(f for f in (compare, evaluate, table, plot, ask)

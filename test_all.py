@@ -1360,7 +1360,7 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     for f in files:                                                          # as if of more
         found = json.loads(f.read_text())
         for figures, in found['results'].values():
-            figures['fresh'] |= {'pairs': 200, 'accuracy': .75}
+            figures['fresh'] |= {'judges': [.75], 'accuracy': .75}
         f.write_text(json.dumps(found))
     one = runs[0] / 'one.json'
     row = printed('--table', *files, '--out', one).strip().splitlines()[-1]
