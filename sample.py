@@ -446,10 +446,12 @@ def evaluate(args):
             results[label].append(f)
             keep_freed_memory(False)
             print(f'\n{label}, at {temperature}: ' + ', '.join(
-                f'{header} {value:{spec}}' for header, (spec, value) in columns_of(f).items()))
-            print('  told apart {accuracy:.1%} [{low:.1%}, {high:.1%}] of {pairs} pairs, {ties} '
-                  'ties left out; by length {length_accuracy:.1%}, by eos {eos_accuracy:.1%}'
-                  .format(**f['fresh']))
+                f'{header} {value:{spec}}' for header, (spec, value) in columns_of(f).items()
+                if not math.isnan(value)))
+            print('  {pairs} pairs that differ, {ties} ties'.format(**f['fresh']) + (
+                  '; told apart {accuracy:.1%} [{low:.1%}, {high:.1%}], by length '
+                  '{length_accuracy:.1%}, by eos {eos_accuracy:.1%}'.format(**f['fresh'])
+                  if f['fresh']['judges'] else ''))
     out = Path(args.out or 'out/evaluation.json')
     out.parent.mkdir(parents=True, exist_ok=True)
     setup = {'torch': torch.__version__, 'settings': settings} | {name: getattr(args, name) for name

@@ -1344,7 +1344,8 @@ def test_runs_are_judged_compared_tabled_and_drawn():
         train(gumbel, run, *SMALL, '--seed', str(seed))
         text = printed('--evaluate', f'sft={run}/sft.pt', f'tuned={run}/ckpt.pt', '--prompts', '40',
                        '--test_steps', '2', '--out', run / 'judged.json')
-        assert 'told apart' in text and 'sft, at 1.0: EM' in text and '40 prompts of toy' in text
+        assert 'pairs that differ' in text and 'sft, at 1.0: EM' in text
+        assert '40 prompts of toy' in text
         found = json.loads((run / 'judged.json').read_text())['results']
         f, = found['tuned']
         assert found['sft'][0]['kl'] == 0 < f['kl'] and 0 < f['length_distance'] <= 1
@@ -1595,6 +1596,8 @@ def test_a_number_that_is_not_finite_ends_the_run():
             value = kept(*a)
             if next(calls) != at:
                 return value
+            if isinstance(value, dict):
+                return value | {'mle': math.nan}
             return (value[0] * math.nan, value[1]) if isinstance(value, tuple) else value * math.nan
 
         flags = [*SMALL_OF[script], '--iters', '12', '--eval_interval', '1', '--d_max_acc', '1']
@@ -1917,7 +1920,7 @@ def test_control_spends_the_time_of_a_run_on_mle():
     assert train(reinforce, out, '--resume') == result
 
 
-def compiled_equals_eager(script, *more, bound=1e-4):
+def compiled_equals_eager(script, *more, bound=1e-3):
     if not shutil.which('g++') and not torch.cuda.is_available():
         raise unittest.SkipTest('torch.compile needs g++ on CPU')
     torch._dynamo.reset()                            # what another script compiled is not its own
