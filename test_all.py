@@ -2456,10 +2456,11 @@ def test_micro_batches_save_memory():
 
 def test_a_judge_fits_its_card():
     args = SimpleNamespace(device='cuda:0', dtype='bfloat16', seed=1, batch_size=64, micro_batch=16,
-                           top_k=None, test_steps=2, test_lr=None, best_of=8)
+                           top_k=None, test_steps=2, test_lr=None, best_of=2)
     split = Shapes(130, reinforce.Config())          # two batches and two more
     with (patched(GPT, 'init_weights', lambda self: None), Gpu('meta') as gpu,
-          patched(GPT, 'decode', lambda self, token, *a: self.embed(token))):
+          patched(GPT, 'decode', lambda self, token, *a: self.embed(token)),
+          patched(sample, 'JUDGES', 1)):             # one after the other
         generator, base = (GPT(GPTConfig()).to('cuda:0').eval() for _ in range(2))
         sample.judge(generator, base, Discriminator(base).to('cuda:0'), split, split, .8, args)
     assert gpu.peak < 8 * 2 ** 30, gpu.peak / 2 ** 30
