@@ -311,8 +311,11 @@ def check_fit(config, enc, cfg):
                          f'exceed its block size {config.block_size}: lower them')
 
 
-def check_resume(settings, given, known, file):
-    """Raises a ValueError if the run of a checkpoint cannot go on with the flags given."""
+def check_resume(saved, given, known, file):
+    """Raises a ValueError if the run of a checkpoint cannot go on, here or with the flags given."""
+    settings = saved['settings']
+    if 'start' not in saved.get('running', ['start']):       # counted its steps from iteration 0
+        raise ValueError(f'--resume: {file} is of an older version: start another run')
     if settings.keys() - known:
         raise ValueError(f'--resume: {file} is of another script, which has --'
                          f'{min(settings.keys() - known)}: give the --out_dir of a run of this one')

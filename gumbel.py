@@ -123,8 +123,9 @@ def parse(argv=None):
         if file is None:
             raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
                              'the --out_dir of a run')
-        settings = {**load_checkpoint(file)['settings'], 'out_dir': str(out)}
-        data.check_resume(settings, given, Config.__dataclass_fields__.keys(), file)
+        saved = load_checkpoint(file)
+        data.check_resume(saved, given, Config.__dataclass_fields__.keys(), file)
+        settings = {**saved['settings'], 'out_dir': str(out)}
     cfg = Config(**{**settings, **given})
     check(cfg)
     return cfg

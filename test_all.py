@@ -1489,6 +1489,15 @@ def test_a_resumed_gumbel_run_equals_an_uninterrupted_one():
     resumed_equals_uninterrupted(gumbel, '--beta', '.1')
 
 
+def test_an_older_checkpoint_is_not_gone_on_from():
+    for script in SCRIPTS:
+        out = folder('older')
+        save_checkpoint(out / 'ckpt.pt', {'settings': asdict(script.Config()),
+                                          'running': {'d_acc': .5, 'g_steps': 3, 'sick': 0}})
+        raises(ValueError, ['--resume', 'ckpt.pt', 'older version'], script.parse,
+               ['--resume', '--out_dir', str(out)])
+
+
 def test_the_learning_rate_is_reached():
     """By the generator's own steps, however late they begin; so is the warm start's."""
     for steps in 1, 2, 7, 150, 8000:
