@@ -33,7 +33,7 @@ import data
 import sample
 from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast,
                    catch_signals, exponential, gathered, hold_last, load_checkpoint, memory_full,
-                   open_device, open_folder, ranks, save, schedule, shard, update)
+                   open_device, open_folder, ranks, save, schedule, shard, uniform, update)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -193,8 +193,9 @@ def conditional_noise(logits, response, rng):
     the law of the noise that sampled them. logits (..., R, V), response (..., R) ids.
     """
     largest = logits.logsumexp(-1, keepdim=True)
-    largest = largest - exponential(largest.shape, logits, rng).log_()
-    noise = exponential(logits.shape, logits, rng).add_((logits - largest).exp_()).log_().neg_()
+    largest = largest - exponential(uniform(largest.shape, logits, rng)).log_()
+    noise = exponential(uniform(logits.shape, logits, rng))
+    noise.add_((logits - largest).exp_()).log_().neg_()
     return noise.scatter_(-1, response[..., None],
                           largest - logits.gather(-1, response[..., None]))
 

@@ -10,6 +10,7 @@ network once for all its answers. `pad` (B,) counts the padding tokens on the le
 real tokens only. What stands right of <|endoftext|> needs no mask here: attention is causal.
 """
 
+import copy
 import ctypes
 import importlib.util
 import json
@@ -138,6 +139,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.caches = {}                  # kept: fresh memory is slow, graphs want the same one
+        self.low = []                     # blocks with matrices in autocast's dtype, for decoding
         self.compiled = False
         self.init_weights()
 
@@ -183,7 +185,7 @@ class GPT(nn.Module):
         # the diagonal too: a padding token sees no other, and a softmax over nothing is NaN
         mask = (mask | (keys == columns[:, None]))[:, None]                  # (B, 1, T, keys)
         x = self.dropout(x + self.wpe((place[columns] - pad[:, None]).clamp(min=0)))
-        for i, block in enumerate(self.h):
+        for i, block in enumerate(self.h if t is None else self.low or self.h):
             x = block(x, mask, columns, None if cache is None else cache[i])
         return self.ln_f(x)
 
@@ -247,6 +249,7 @@ class GPT(nn.Module):
         mask = torch.zeros((B, K, R), dtype=torch.bool, device=device)
         alive = torch.ones((B, K), dtype=torch.bool, device=device)
         cache = self.cache(B, P + K * R)
+        self.cast()
         static = self.compiled or device.type == 'cuda'          # graphs want one shape
         if static:
             rows = slice(None)           # the prompts whose answers are not all over
@@ -262,11 +265,11 @@ class GPT(nn.Module):
                 if top_k is not None and top_k < logits.size(-1):
                     least = logits.topk(top_k).values[..., -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
-                # -log(Exponential(1)) is Gumbel(0, 1). It is drawn for all rows, so that no row's
-                # depends on when others leave
-                noise = exponential((B, *logits.shape[1:]), logits, rng).log_().neg_()
-                logits = logits + noise[rows]
-            token = torch.where(alive, logits.argmax(-1), eos)               # (B, K)
+                # drawn for all rows, so that no row's depends on when others leave
+                token = self.pick(logits, uniform((B, *logits.shape[1:]), logits, rng)[rows])
+            else:
+                token = logits.argmax(-1)
+            token = torch.where(alive, token, eos)                           # (B, K)
             response[rows, :, t], mask[rows, :, t] = token, alive
             alive = alive & (token != eos)
             # on CUDA the host waits for a look at `alive`: every eighth token is enough
@@ -295,6 +298,25 @@ class GPT(nn.Module):
         """Trunk outputs (B, K, C) of tokens (B, K), number t (1,) of each answer."""
         return self.hidden(self.embed(token), pad, P, R, cache, t)
 
+    @staticmethod
+    def pick(logits, uniform):
+        """Samples (B, K) of logits (B, K, V): -log(Exponential(1)) is Gumbel(0, 1)."""
+        return (logits - exponential(uniform.clone()).log_()).argmax(-1)
+
+    def cast(self):
+        """Casts the matrices of the blocks for a rollout: under autocast a compiled step would at
+        each token. The copies are kept, for graphs want one address."""
+        device = self.wte.weight.device.type
+        if not (self.compiled and torch.is_autocast_enabled(device)):
+            self.low = []
+            return
+        if not self.low:
+            self.low = list(copy.deepcopy(self.h).requires_grad_(False))
+            for m in (m for block in self.low for m in block.modules() if isinstance(m, Linear)):
+                m.to(torch.get_autocast_dtype(device))
+        torch._foreach_copy_([p for block in self.low for p in block.parameters()],
+                             list(self.h.parameters()))
+
     def cache(self, rows, columns):
         """Keys and values of each layer, (rows, H, columns, D), kept in the three shapes that were
         asked for last: an evaluation and a rollout take turns."""
@@ -318,13 +340,14 @@ class GPT(nn.Module):
         return cache
 
     def compile(self):
-        """Compiles in place: each block (one graph serves all layers), on CUDA the decoding step
-        too, under CUDA graphs. Copy a model before, not after."""
+        """Compiles in place: each block (one graph serves all layers), on CUDA sampling and the
+        decoding step too, the latter under CUDA graphs. Copy a model before, not after."""
         self.compiled = True
         for block in self.h:
             block.compile()
         if self.wte.weight.is_cuda:
-            self.decode = torch.compile(self.decode, mode='reduce-overhead')
+            self.decode = torch.compile(self.decode, mode='reduce-overhead', dynamic=False)
+            self.pick = torch.compile(self.pick)
 
     @classmethod
     def from_pretrained(cls, source):
@@ -374,10 +397,14 @@ def linear_in_float32(x, weight, bias=None):
         return linear(x.to(weight.dtype), weight, bias)
 
 
-def exponential(shape, like, rng):
-    """Exponential(1) draws of the dtype and on the device of `like`, by rng; never 0, so that their
-    logarithm is finite. On a CPU five times as fast as exponential_()."""
-    uniform = torch.empty(shape, dtype=like.dtype, device=like.device).uniform_(generator=rng)
+def uniform(shape, like, rng):
+    """Draws from [0, 1) of the dtype and on the device of `like`, by rng."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device).uniform_(generator=rng)
+
+
+def exponential(uniform):
+    """Exponential(1) draws in place of uniform ones; never 0, so that their logarithm is finite. On
+    a CPU five times as fast as exponential_()."""
     return uniform.log_().neg_().clamp_(1e-30, 1e30)
 
 
