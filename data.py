@@ -81,13 +81,17 @@ def read_squad(path, stamp=None):
     def need(record, key, kind, where):
         if not isinstance(record, dict) or key not in record:
             raise ValueError(f'{path}: {where} has no {key!r}: not SQuAD 2.0')
-        if not isinstance(record[key], kind):
-            raise ValueError(f'{path}: {key!r} of {where} is a {type(record[key]).__name__}, '
-                             f'not a {kind.__name__}')
-        return record[key]
+        value = record[key]
+        if type(value) is not kind:
+            raise ValueError(f'{path}: {key!r} of {where} is a {type(value).__name__}, not a '
+                             f'{kind.__name__}')
+        if kind is str and re.search(r'[\ud800-\udfff]', value):
+            raise ValueError(f'{path}: {key!r} of {where} has half a character, a surrogate '
+                             'without its other one')
+        return value
 
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:          # with a byte order mark or without
             root = json.load(f)
     except (ValueError, RecursionError) as e:        # the latter of brackets without end
         raise ValueError(f'{path} is not JSON: {e}') from e
@@ -97,17 +101,24 @@ def read_squad(path, stamp=None):
             where = f'article {a}, paragraph {p}'
             context = need(paragraph, 'context', str, where)
             for qa in need(paragraph, 'qas', list, where):
+                if isinstance(qa, dict) and type(qa.get('id')) is int:
+                    qa['id'] = str(qa['id'])
                 qid = need(qa, 'id', str, f'a question of {where}')
-                where_q = f'question {qid}'
+                where_q = f'question {qid!r}'
                 answers = need(qa, 'answers', list, where_q)
-                impossible = qa.get('is_impossible', False)     # SQuAD 1.1 has no such key
-                if not isinstance(impossible, bool) or impossible != (not answers):
-                    raise ValueError(f'{path}: {where_q} has is_impossible {impossible!r} and '
-                                     f'{len(answers)} answers')
+                if not answers or 'is_impossible' in qa:     # SQuAD 1.1 has none
+                    impossible = need(qa, 'is_impossible', bool, where_q)
+                    if impossible != (not answers):
+                        raise ValueError(f'{path}: {where_q} has is_impossible {impossible} and '
+                                         f'{len(answers)} answers')
+                start = need(answers[0], 'answer_start', int, where_q) if answers else -1
+                if not -1 <= start < 2 ** 31:
+                    raise ValueError(f'{path}: {where_q} has answer_start {start}: that is in no '
+                                     'passage')
                 yield {'id': qid, 'context': context,
                        'question': need(qa, 'question', str, where_q),
                        'answers': [need(x, 'text', str, where_q) for x in answers],
-                       'start': need(answers[0], 'answer_start', int, where_q) if answers else -1}
+                       'start': start}
                 n += 1
     if not n:
         raise ValueError(f'{path} holds no question')
@@ -225,8 +236,8 @@ def encode_prompt(example, enc, max_prompt, context=True, train=False):
     """
     Token ids of a prompt of at most max_prompt tokens, and whether it was cut to that.
 
-    The context gives way, and after it the question: in training from the end that is farther
-    from the answer, in evaluation (and where there is no answer) from the left.
+    The context gives way, and after it the question: in training so that the answer is in the
+    middle of what stays, in evaluation (and where there is no answer) from the left.
     """
     question = f'[QUESTION] {example["question"].strip()}\n[ANSWER]'
     if not context:
@@ -238,21 +249,32 @@ def encode_prompt(example, enc, max_prompt, context=True, train=False):
     excess = len(head) + len(body) + len(tail) - max_prompt
     if excess <= 0:
         return head + body + tail, False
-    left = excess
-    if train and example['answers']:
-        start = text.find(example['answers'][0], max(0, example['start'] - 1))
-        before = len(enc.encode_ordinary(text[:start]))
-        after = len(enc.encode_ordinary(text[start + len(example['answers'][0]):]))
-        left = min(max((excess + before - after) // 2, 0), excess)
+    left, (start, end) = excess, locate(example) if train else (-1, -1)
+    if start >= 0:
+        shift = 1 - len(example['context']) + len(example['context'].lstrip())   # into the text
+        ends = np.cumsum([len(piece) for piece in enc.decode_tokens_bytes(body)])
+        first, last = (np.searchsorted(ends, len(text[:i + shift].encode()), side) for i, side in
+                       ((start, 'right'), (end, 'left')))    # its first token, and its last
+        left = min(max((excess + first - (len(body) - 1 - last)) // 2, 0), excess)
     body = body[left:max(left, len(body) - (excess - left))]
     return (head + body + tail)[-max_prompt:], True
+
+
+def locate(example):
+    """Where in the context the answer starts and ends, characters: at `start`, or where it occurs
+    nearest to that, for files count from elsewhere or in bytes; (-1, -1) if it does not."""
+    answer, near = (example['answers'] or [''])[0].strip(), example['start']
+    found = [m.start() for m in re.finditer(re.escape(answer), example['context']) if answer]
+    start = min(found, key=lambda i: abs(i - near), default=-1)
+    return start, start + len(answer) if found else -1
 
 
 class Split:
     """
     A split as arrays: prompts (N, P) left-padded, pads (N,), responses (N, R), lengths (N,).
 
-    Nothing is dropped silently: cut_prompts and cut_responses count what did not fit.
+    Nothing is dropped silently: cut_prompts and cut_responses count what did not fit, moved the
+    answers that are not where `start` says.
     """
 
     def __init__(self, examples, enc, max_prompt, max_response, context=True, train=False):
@@ -260,12 +282,14 @@ class Split:
         self.prompts = np.full((N, max_prompt), enc.eot_token, np.int32)
         self.responses = np.full((N, max_response), enc.eot_token, np.int32)
         self.pads, self.lengths = np.zeros(N, np.int64), np.zeros(N, np.int64)
-        self.cut_prompts = self.cut_responses = 0
+        self.cut_prompts = self.cut_responses = self.moved = 0
         for i, example in enumerate(examples):
             prompt, cut = encode_prompt(example, enc, max_prompt, context, train)
             answer = example['answers'][0].strip() if example['answers'] else UNANSWERABLE
             response = enc.encode_ordinary(' ' + answer) + [enc.eot_token]
             self.cut_prompts += cut
+            self.moved += bool(example['answers']) and not example['context'].startswith(
+                example['answers'][0], max(example['start'], 0))
             self.cut_responses += len(response) > max_response
             response = response[:max_response]
             self.prompts[i, max_prompt - len(prompt):] = prompt
@@ -294,9 +318,10 @@ def load(cfg):
         examples = load_examples(cfg.data, name, cfg.eval_prompts if name == 'dev' else None)
         split = Split(examples, enc, cfg.max_prompt, cfg.max_response, cfg.context,
                       train=name == 'train')
+        moved = f', {split.moved} answers not at their answer_start' if split.moved else ''
         print(f'{name}: {len(split)} examples, {split.cut_prompts} prompts cut to '
-              f'{cfg.max_prompt} tokens, {split.cut_responses} answers cut to {cfg.max_response}',
-              flush=True)
+              f'{cfg.max_prompt} tokens, {split.cut_responses} answers cut to {cfg.max_response}'
+              + moved, flush=True)
         splits.append(split)
     return enc, *splits
 

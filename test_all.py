@@ -473,6 +473,41 @@ def test_prompts_are_cut_where_they_should_be():
     assert (split.cut_prompts, split.cut_responses, split.lengths.tolist()) == (1, 1, [1])
 
 
+def test_a_cut_prompt_keeps_its_answer():
+    """Wherever answer_start says it is: behind blanks, 3 too far, in UTF-16 units or in bytes; an
+    answer with a blank at its end; one that just fits. Elsewhere it is cut from the left."""
+    enc = data.load_tokenizer('toy')
+    words = (data.FIRST * 17)[:300]
+    words[4] = 'Żółć😀'
+    context = ' '.join(words)
+    at = context.index('Żółć😀')
+    blank = dict(context='   ' + context, answers=['Żółć😀'], start=at + 3)
+    off = [dict(context=context, answers=['Żółć😀'], start=n) for n in (at, at + 3, 0, 9999)]
+    late = '😀' * 40 + ' Ada met Żółć😀 ' + context
+    place = late.index('Żółć😀')
+    units = [dict(context=late, answers=['Żółć😀'], start=n) for n in
+             (len(late[:place].encode('utf-16-le')) // 2, len(late[:place].encode()))]
+    tail = dict(context=context + ' at Żzz', answers=['Żzz '], start=len(context) + 4)
+    for example in [blank, *off, *units, tail]:
+        example['question'] = 'Who ?'
+        tokens, cut = data.encode_prompt(example, enc, 64, train=True)
+        assert cut and len(tokens) == 64 and example['answers'][0].strip() in enc.decode(tokens)
+    for n in 1, 2, 5, 40:                            # answers of as many tokens as there is room
+        for first in 0, 100, 300 - n:
+            answer = ' '.join(data.FIRST[(first + k) % 18] for k in range(n))
+            example = {'context': ' '.join(data.FIRST * 17), 'question': 'Who ?',
+                       'answers': [answer], 'start': 0}
+            example['start'] = example['context'].index(answer)
+            tokens, _ = data.encode_prompt(example, enc, n + 5, train=True)
+            assert enc.decode(tokens) == f'[CONTEXT] {answer}\n[QUESTION] Who ?\n[ANSWER]'
+    gone = {**off[0], 'answers': ['Otto Falk'], 'question': 'Who ?'}
+    for train in False, True:
+        tokens, _ = data.encode_prompt(gone, enc, 64, train=train)
+        assert words[-1] in enc.decode(tokens)
+    split = data.Split([blank, *off, *units, tail, gone], enc, 64, 9, train=True)
+    assert split.moved == 7                          # all but two
+
+
 def test_batches_are_padded_and_masked():
     enc = data.load_tokenizer('toy')
     split = data.Split(data.toy_examples('dev', 20), enc, 45, 7)
@@ -523,11 +558,24 @@ def test_squad_files_are_checked():
         {'id': 'q8', 'context': 'Ada .', 'question': 'Why?', 'answers': [], 'start': -1}]
     for change, words in (({'question': None}, ['q7', 'question', 'NoneType']),
                           ({'answers': [{'text': 'Ada'}]}, ['q7', 'answer_start']),
-                          ({'answers': []}, ['q7', 'is_impossible']),
-                          ({'id': 7}, ['article 0', 'id'])):
+                          ({'answers': [{'text': 'Ada', 'answer_start': 10 ** 20}]},
+                           ['q7', 'answer_start', '0000']),
+                          ({'answers': [{'text': 'Ada', 'answer_start': True}]}, ['q7', 'bool']),
+                          ({'question': 'Who\ud800?'}, ['q7', 'question', 'surrogate']),
+                          ({'id': 'q\udc00'}, ['article 0', 'id', 'surrogate']),
+                          ({'answers': []}, ['q7', 'is_impossible False']),
+                          ({'id': 7.5}, ['article 0', 'id', 'float'])):
         paragraph = {'context': 'Ada .', 'qas': [{**qa, **change}]}
         file.write_text(json.dumps({'data': [{'paragraphs': [paragraph]}]}))
         raises(ValueError, ['dev-v2.0.json', *words], data.load_examples, str(path), 'dev')
+    del no['is_impossible']
+    text = json.dumps({'data': [{'paragraphs': [{'context': 'Ada .', 'qas': [qa, no]}]}]})
+    file.write_text(text)
+    raises(ValueError, ['q8', "no 'is_impossible'"], data.load_examples, str(path), 'dev')
+    qa['id'], no['is_impossible'] = 7, True
+    text = json.dumps({'data': [{'paragraphs': [{'context': 'Ada .', 'qas': [qa, no]}]}]})
+    file.write_text(text, encoding='utf-8-sig')      # with a byte order mark
+    assert [e['id'] for e in data.load_examples(str(path), 'dev')] == ['7', 'q8']
     file.write_text('{"data": []}')
     raises(ValueError, ['no question'], data.load_examples, str(path), 'dev')
     file.write_text('{"data": [')
@@ -1670,12 +1718,13 @@ def test_damaged_squad_files_are_one_sentence():
     good = {'data': [{'title': 't', 'paragraphs': [{'context': 'By Ada.', 'qas': qas}]}]}
 
     def read():
-        rows = list(data.read_squad(str(path)))
+        rows = data.squad_examples(path.parent, 'train')
         data.Split(rows, enc, 20, 5, train=True).batch(range(len(rows)))
 
     def spoil(draw, st):
         """Another value, or none, in any one place."""
-        scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+        scalars = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+                   | st.sampled_from(['\ud800', 'Ada\udfff', '\ufeff', 10 ** 20, -2, 2 ** 31]))
         values = st.recursive(scalars, lambda z: st.lists(z, max_size=3)
                               | st.dictionaries(st.text(max_size=5), z, max_size=3), max_leaves=6)
         doc = json.loads(json.dumps(good))
@@ -1691,7 +1740,7 @@ def test_damaged_squad_files_are_one_sentence():
             node[key] = draw(values)
         else:
             del node[key]
-        path.write_text(json.dumps(doc), encoding='utf-8')
+        path.write_text(json.dumps(doc), encoding=draw(st.sampled_from(['utf-8', 'utf-8-sig'])))
 
     fuzz(read, path, json.dumps(good).encode(), spoil)
     path.write_text('[' * 100000)
