@@ -52,7 +52,7 @@ class GPTConfig:
     dropout: float = 0.0      # of embeddings and residual branches, in train() mode only
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
+        if self.n_head < 1 or self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: '
                              'change one of them')
 
@@ -352,20 +352,16 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, source):
         """
-        A GPT from OpenAI's weights or ours.
+        A GPT from OpenAI's weights, ours or nanoGPT's.
 
         source  gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded); a folder with
-                config.json and model.safetensors or pytorch_model.bin; one .safetensors or .bin
-                file; one of our .pt files
+                config.json and model.safetensors, in one file or in shards, or pytorch_model.bin;
+                one .safetensors or .bin file; a .pt file of ours or of nanoGPT
         raises  FileNotFoundError, ValueError: one sentence with the file and what is wrong with it
         """
         path = download(source) if source in HUB else Path(source)
         try:
-            if path.suffix == '.pt':
-                saved = load_checkpoint(path)
-                config, weights = GPTConfig(**saved['gpt_config']), saved['model']
-            else:
-                weights, config = read_openai(path)
+            weights, config = read_weights(path)
             if config.n_layer > len(weights):        # or a wrong number could ask for any memory
                 raise KeyError(f'weights of {config.n_layer} layers')
             with torch.device('meta'):               # nothing is drawn, no memory taken
@@ -455,6 +451,7 @@ HUB = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-me
        'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl',
        'distilgpt2': 'distilbert/distilgpt2'}
 TURNED = 'c_attn.weight', 'c_fc.weight', 'c_proj.weight'     # (in, out) there, (out, in) here
+HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25, (6, 768): 12}
 FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
          'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False}
 
@@ -467,40 +464,68 @@ def download(name):
                                                                  'model.safetensors']))
     except Exception as e:
         raise FileNotFoundError(f'{name} could not be downloaded ({type(e).__name__}): offline, '
-                                'give --init_from a folder, a file or scratch') from e
+                                'give a folder or a file') from e
 
 
-def read_openai(path):
-    """Weights under our names, and their GPTConfig, of a folder or a file in OpenAI's layout; what
-    shapes cannot tell comes from config.json."""
-    files = [path / 'model.safetensors', path / 'pytorch_model.bin'] if path.is_dir() else [path]
-    file = next((f for f in files if f.is_file()), None)
-    if file is None or file.suffix not in ('.safetensors', '.bin'):
-        raise FileNotFoundError(
-            f'{path} not found: give --init_from one of {", ".join(HUB)}, scratch, a .pt, '
-            '.safetensors or .bin file, or a folder with model.safetensors or pytorch_model.bin')
-    settings = file.parent / 'config.json'
+def read_json(path):
+    """The dict in a file, with a byte order mark or without; raises a ValueError."""
     try:
-        raw = load_file(file) if file.suffix == '.safetensors' else load_checkpoint(file)
-        settings = dict(json.loads(settings.read_text())) if settings.is_file() else {}
-    except (SafetensorError, ValueError, TypeError) as e:
-        raise ValueError(f'{file} or its config.json is damaged: {ascii(str(e))}') from e
+        return dict(json.loads(path.read_text(encoding='utf-8-sig')))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{path} is damaged: {ascii(str(e))}') from e
+
+
+def read_files(path):
+    """Tensors as a folder or file names them, its settings, and whether its layout is OpenAI's."""
+    if path.suffix == '.pt':
+        saved = load_checkpoint(path)
+        for key in 'gpt_config', 'model_args':       # ours, nanoGPT's
+            if key in saved:
+                return saved['model'], saved[key], False
+        raise ValueError(f'{path} holds no model of ours or of nanoGPT')
+    files = [path / 'model.safetensors', path / 'pytorch_model.bin'] if path.is_dir() else [path]
+    files = [f for f in files if f.is_file() and f.suffix in ('.safetensors', '.bin')][:1]
+    shards = path / 'model.safetensors.index.json'
+    if not files and shards.is_file():
+        files = [path / name for name in dict.fromkeys(read_json(shards)['weight_map'].values())]
+    if not files:
+        raise FileNotFoundError(
+            f'{path} not found: give one of {", ".join(HUB)}, a .pt, .safetensors or .bin file, or '
+            'a folder with model.safetensors or pytorch_model.bin')
+    raw = {}
+    for file in files:
+        try:
+            raw |= load_file(file) if file.suffix == '.safetensors' else load_checkpoint(file)
+        except SafetensorError as e:
+            raise ValueError(f'{file} is damaged: {ascii(str(e))}') from e
+    settings = files[0].with_name('config.json')
+    return raw, read_json(settings) if settings.is_file() else {}, True
+
+
+def read_weights(path):
+    """Weights under our names, and their GPTConfig, by their shapes; n_head, which those do not
+    tell, comes with the file."""
+    raw, settings, turned = read_files(path)
     for key, value in FIXED.items():
         if settings.get(key, value) != value:
             raise ValueError(f'{path} has {key} {settings[key]!r}: GPT-2 has {value!r}')
     weights = {}
-    for name, tensor in raw.items():
-        name = name.removeprefix('transformer.')
+    for name, tensor in raw.items():                 # of torch.compile, DDP and transformers
+        name = re.sub(r'^(_orig_mod\.|module\.|transformer\.)*', '', name)
         if not name.endswith(('.attn.bias', '.attn.masked_bias')):           # the causal mask
-            weights[name] = tensor.t().contiguous() if name.endswith(TURNED) else tensor
+            weights[name] = tensor.t().contiguous() if turned and name.endswith(TURNED) else tensor
     wte, wpe = weights['wte.weight'], weights['wpe.weight']
-    if not torch.equal(weights.pop('lm_head.weight', wte), wte):
-        raise ValueError(f'{file} has an lm_head that is not wte: not a GPT-2, whose head is tied')
+    head = weights.pop('lm_head.weight', None)
+    if head is not None and not torch.equal(head, wte):
+        raise ValueError(f'{path} has an lm_head that is not wte: not a GPT-2, whose head is tied')
+    if 50257 < len(wte) <= 50304:                    # GPT-2's, filled up for speed or by a [PAD]
+        wte = weights['wte.weight'] = wte[:50257].clone()
     layers = [int(n) for k in weights for n in re.findall(r'^h\.(\d{1,4})\.', k)]
-    return weights, GPTConfig(
-        block_size=wpe.size(0), vocab_size=wte.size(0), n_embd=wte.size(1),
-        n_layer=max(layers, default=-1) + 1,
-        n_head=settings.get('n_head', max(1, wte.size(1) // 64)))            # 64 in all GPT-2s
+    size = max(layers, default=-1) + 1, wte.size(1)
+    if 'n_head' not in settings and size not in HEADS:
+        raise ValueError(f'{path} has no config.json beside it that tells its n_head')
+    return weights, GPTConfig(block_size=wpe.size(0), vocab_size=wte.size(0), n_layer=size[0],
+                              n_embd=size[1], n_head=settings.get('n_head', HEADS.get(size)))
 
 
 # -----------------------------------------------------------------------------
@@ -673,6 +698,8 @@ def open_folder(cfg):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
                 raise ValueError(f'--out_dir {out} is in use by another run: give another') from e
+            except OSError as e:                     # some network file systems
+                print(f'{out} cannot be locked ({e.strerror}): start no other run in it')
     all_sum(0)                                       # the others wait for the folder
     return out, lock
 
@@ -684,10 +711,12 @@ def memory_full():
 
 
 def catch_signals():
-    """A list that SIGINT or SIGTERM puts its number into; a second one ends the process at once."""
-    caught = []
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda n, _: os._exit(128 + n) if caught else caught.append(n))
+    """A list that SIGINT, SIGTERM or SIGHUP, unless it is ignored as under nohup, puts its number
+    into; a second one ends the process at once."""
+    caught, hangup = [], getattr(signal, 'SIGHUP', signal.SIGTERM)           # none on Windows
+    for number in signal.SIGINT, signal.SIGTERM, hangup:
+        if number != hangup or signal.getsignal(hangup) != signal.SIG_IGN:
+            signal.signal(number, lambda n, _: os._exit(128 + n) if caught else caught.append(n))
     return caught
 
 

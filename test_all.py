@@ -318,7 +318,7 @@ def test_checkpoints_are_strict_and_execute_nothing():
     path = folder('files')
     gpt = tiny_gpt()
     gpt.save_pretrained(path)
-    raises(FileNotFoundError, ['nowhere', '--init_from'], GPT.from_pretrained, 'nowhere')
+    raises(FileNotFoundError, ['nowhere', 'gpt2-medium'], GPT.from_pretrained, 'nowhere')
     raises(FileNotFoundError, ['model.safetensors'], GPT.from_pretrained, str(folder('empty')))
     weights = model.load_file(path / 'model.safetensors')
     for change, words in (({'h.0.ln_1.bias': None}, ['Missing', 'h.0.ln_1.bias']),
@@ -351,6 +351,61 @@ def test_checkpoints_are_strict_and_execute_nothing():
     for cut in 0, 1, 100, len(whole) // 2, len(whole) - 1:
         (path / 'cut.pt').write_bytes(whole[:cut])
         raises(ValueError, ['cut.pt'], load_checkpoint, path / 'cut.pt')
+
+
+def test_checkpoints_of_others_are_read_or_refused_by_name():
+    path = folder('of others')
+    gpt = tiny_gpt(vocab_size=50257, n_layer=2)
+    gpt.save_pretrained(path)
+    (path / 'config.json').write_text((path / 'config.json').read_text(), encoding='utf-8-sig')
+    weights, mine = model.load_file(path / 'model.safetensors'), gpt.state_dict()
+
+    def is_read(source):
+        read = GPT.from_pretrained(source).state_dict()
+        assert read.keys() == mine.keys() and all(map(torch.equal, read.values(), mine.values()))
+
+    is_read(path)                                    # a byte order mark in its config
+    model.save_file({f'transformer.{k}': v for k, v in weights.items()}, path / 'one.safetensors')
+    is_read(path / 'one.safetensors')
+    for rows in 50258, 50304:                        # a [PAD]; filled up to a multiple of 64
+        more = torch.cat((weights['wte.weight'], torch.ones(rows - 50257, 8)))
+        torch.save({**weights, 'wte.weight': more, 'lm_head.weight': more}, path / 'padded.bin')
+        is_read(path / 'padded.bin')
+
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=gpt.config.block_size, bias=True,
+                vocab_size=50304, dropout=0.)        # as nanoGPT saves, compiled and under DDP
+    for prefix in '', '_orig_mod.', 'module._orig_mod.':
+        theirs = {f'{prefix}transformer.{k}': v for k, v in mine.items()}
+        theirs[f'{prefix}lm_head.weight'] = mine['wte.weight']
+        torch.save({'model': theirs, 'model_args': args, 'iter_num': 3}, path / 'ckpt.pt')
+        is_read(path / 'ckpt.pt')
+    theirs = {k: v for k, v in theirs.items() if not k.endswith('.bias')}    # its default
+    torch.save({'model': theirs, 'model_args': args}, path / 'ckpt.pt')
+    raises(ValueError, ['ckpt.pt', 'Missing', 'bias'], GPT.from_pretrained, path / 'ckpt.pt')
+    torch.save(mine, path / 'ckpt.pt')
+    raises(ValueError, ['ckpt.pt', 'no model of'], GPT.from_pretrained, path / 'ckpt.pt')
+
+    (path / 'model.safetensors').unlink()            # in shards
+    names = sorted(weights)
+    shards = {f'model-{i}.safetensors': names[i::2] for i in range(2)}
+    for shard, held in shards.items():
+        model.save_file({k: weights[k] for k in held}, path / shard)
+    index = path / 'model.safetensors.index.json'
+    index.write_text(json.dumps({'weight_map': {k: s for s, held in shards.items() for k in held}}))
+    is_read(path)
+    (path / 'model-1.safetensors').unlink()
+    raises(FileNotFoundError, [str(path), 'model-1.safetensors'], GPT.from_pretrained, path)
+    index.write_text('{"weight_map": {')
+    raises(ValueError, [str(path), 'damaged'], GPT.from_pretrained, path)
+
+    alone = folder('without config')                 # n_head is 64 channels in OpenAI's sizes alone
+    model.save_file(weights, alone / 'model.safetensors')
+    raises(ValueError, [str(alone), 'no config.json', 'n_head'], GPT.from_pretrained, alone)
+    with torch.device('meta'):
+        big = GPT(GPTConfig(8, 11)).to_empty(device='cpu')
+    big.save_pretrained(alone)
+    (alone / 'config.json').unlink()
+    assert GPT.from_pretrained(alone).config.n_head == 12
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint():
@@ -2105,7 +2160,7 @@ def test_offline_is_one_sentence():
     env = {**os.environ, 'TIKTOKEN_CACHE_DIR': str(folder('no bpe')), 'HF_HUB_OFFLINE': '1',
            'HTTPS_PROXY': dead, 'https_proxy': dead, 'HF_HOME': str(folder('no hub'))}
     for flags, words in (([], ['BPE', 'TIKTOKEN_CACHE_DIR', '--data toy']),
-                         (['--tiny', '--init_from', 'gpt2'], ['gpt2', 'offline', '--init_from'])):
+                         (['--tiny', '--init_from', 'gpt2'], ['gpt2', 'offline', 'a folder'])):
         err = command('reinforce.py', *flags, '--device', 'cpu', '--out_dir', SCRATCH / 'offline',
                       expect=1, env=env).stderr.strip()
         assert '\n' not in err and all(w in err for w in words), err
@@ -2116,7 +2171,8 @@ def test_out_of_gpu_memory_is_one_sentence():
     def train(cfg, caught):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
 
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = list(map(signal.getsignal, numbers))
     try:
         with patched(reinforce, 'train', train):
             raises(SystemExit, ['out of memory', 'GiB', '--micro_batch'], reinforce.main,
@@ -2125,7 +2181,7 @@ def test_out_of_gpu_memory_is_one_sentence():
             raises(SystemExit, ['out of memory', 'GiB', '--micro_batch'], sample.main,
                    ['--ckpt', 'x', '--question', 'y', '--device', 'cpu'])
     finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
 
 
@@ -2135,6 +2191,10 @@ def test_folders_that_are_taken_gone_or_oddly_named():
     _, lock = model.open_folder(reinforce.parse([*flags, '--out_dir', str(out)]))
     raises(ValueError, [str(out), 'in use'], train, gumbel, out, *flags)
     lock.close()
+    with (patched(model.fcntl, 'flock', unittest.mock.Mock(side_effect=OSError(95, 'no locks'))),
+          contextlib.redirect_stdout(io.StringIO()) as said):
+        model.open_folder(reinforce.parse([*flags, '--out_dir', str(out)]))
+    assert 'no locks' in said.getvalue() and str(out) in said.getvalue()
     assert train(gumbel, out, *flags)['tuned']['f1'] >= 0
     assert GPT.from_pretrained(out / 'ckpt.pt').config.n_layer == 1
     file = out / 'metrics.jsonl'
@@ -2144,7 +2204,7 @@ def test_folders_that_are_taken_gone_or_oddly_named():
 
 def test_a_signal_saves_and_exits():
     out = folder('signalled')
-    for number in signal.SIGINT, signal.SIGTERM:     # the second one goes on from the first
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:              # each goes on
         flags = ['--resume'] if (out / 'sft.pt').exists() else SMALL
         process = subprocess.Popen(
             [sys.executable, HERE / 'reinforce.py', *flags, '--iters', '100000', '--out_dir', out],
