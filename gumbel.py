@@ -94,8 +94,9 @@ TINY = dict(
     d_warmup_iters=180, d_warmup_acc=.9, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
 )
 BOUNDS = dict(                       # (least, most); else whole numbers are from 1, others from 0
-    seed=(0, math.inf), sft_iters=(0, math.inf), iters=(0, math.inf), d_warmup_iters=(0, math.inf),
-    d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, math.inf),
+    seed=(0, 2 ** 63 - 1), sft_iters=(0, math.inf), iters=(0, math.inf),
+    d_warmup_iters=(0, math.inf), d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1),
+    temperature=(.01, math.inf),
 )
 TAU = 1.0, .5                        # temperature of the relaxed samples, from start to end
 

@@ -100,9 +100,9 @@ TINY = dict(
     minibatch=64, critic_lr=4e-3, pretrain=.7,
 )
 BOUNDS = dict(                       # (least, most); else whole numbers are from 1, others from 0
-    seed=(0, math.inf), sft_iters=(0, math.inf), iters=(0, math.inf), d_warmup_iters=(0, math.inf),
-    d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, math.inf),
-    clip=(.001, math.inf), lam=(0, 1),
+    seed=(0, 2 ** 63 - 1), sft_iters=(0, math.inf), iters=(0, math.inf),
+    d_warmup_iters=(0, math.inf), d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1),
+    temperature=(.01, math.inf), clip=(.001, math.inf), lam=(0, 1),
 )
 NO_EOS_REWARD = -1.0                 # of an answer that does not end
 APPROX_KL = .02                      # a rollout is left when pi is so far from pi_old, nats a token

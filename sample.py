@@ -35,57 +35,81 @@ DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32, 
 
 
 def task_of(sources, args, examples=None):
-    """The tokenizer, a Split of --prompts dev examples, or of those given, and the settings, as the
-    first .pt file among sources was trained; DEFAULTS if there is none. --data and --temperature
-    win; the latter is set if it was not given."""
-    settings = dict(DEFAULTS)
-    trained = next((source for source in sources if Path(source).suffix == '.pt'), None)
-    if trained:
-        saved = load_checkpoint(trained)
-        if 'settings' not in saved:
-            raise ValueError(f'{trained} holds no settings: give a ckpt.pt or sft.pt of ours')
-        settings = {name: saved['settings'][name] for name in DEFAULTS}
-    settings['data'] = args.data or settings['data']
+    """
+    The tokenizer, a Split of --prompts dev examples, or of those given, and the settings, as our
+    .pt files among sources were trained, which have to agree; DEFAULTS if there is none. --data
+    and --temperature win; the latter is set if it was not given. Reads all sources, so that a
+    mistake in the last does not cost what the first took.
+    """
+    settings, first, sizes = None, None, {}
+    given = {k: v for k, v in (('data', args.data), ('temperature', args.temperature)) if v}
+    for source in dict.fromkeys(sources):
+        sizes[source] = GPT.from_pretrained(source).config
+        saved = load_checkpoint(source) if Path(source).suffix == '.pt' else {}
+        if 'settings' not in saved:                  # not of ours
+            continue
+        own = {name: saved['settings'][name] for name in DEFAULTS} | given
+        settings, first = settings or own, first or source
+        for name in own:
+            if own[name] != settings[name]:
+                raise ValueError(f'{source} was trained with {name} {own[name]}, {first} with '
+                                 f'{settings[name]}: one prompt does not serve both, judge each '
+                                 'by itself')
+    settings = settings or DEFAULTS | given
     args.temperature = args.temperature or [settings['temperature']]
     enc = data.load_tokenizer(settings['data'])
+    for source, config in sizes.items():
+        if config.vocab_size != enc.n_vocab:
+            raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, the tokenizer one '
+                             f'of {enc.n_vocab}: give --data as it was trained')
+        room = config.block_size - settings['max_response']
+        if not first:
+            settings['max_prompt'] = min(settings['max_prompt'], room)
+        if room < max(1, settings['max_prompt']):
+            raise ValueError(f'{source} takes {config.block_size} tokens, too few for a prompt of '
+                             f'{settings["max_prompt"]} and {settings["max_response"]} of an '
+                             'answer: judge it by itself')
     if examples is None:
         examples = data.load_examples(settings['data'], 'dev', args.prompts)
     else:
         settings['context'] = args.context is not None
-    return enc, data.Split(examples, enc, settings['max_prompt'], settings['max_response'],
-                           settings['context']), settings
+    split = data.Split(examples, enc, settings['max_prompt'], settings['max_response'],
+                       settings['context'])
+    if split.cut_prompts:
+        print(f'{split.cut_prompts} of {len(split)} prompts cut to {settings["max_prompt"]} tokens '
+              'from the left', file=sys.stderr)
+    return enc, split, settings
 
 
-def load(source, enc, settings, args):
-    """A GPT from whatever --init_from takes, checked against the tokenizer and the settings."""
-    generator = GPT.from_pretrained(source)
-    if generator.config.vocab_size != enc.n_vocab:
-        raise ValueError(f'{source} has a vocabulary of {generator.config.vocab_size}, the '
-                         f'tokenizer one of {enc.n_vocab}: give --data as it was trained')
-    wanted = settings['max_prompt'] + settings['max_response']
-    if generator.config.block_size < wanted:
-        raise ValueError(f'{source} takes {generator.config.block_size} tokens, a prompt and its '
-                         f'answer have {wanted}: judge it by itself')
-    return generator.to(args.device).eval()
+def load(source, args):
+    """A GPT from whatever --init_from takes, on the device."""
+    return GPT.from_pretrained(source).to(args.device).eval()
 
 
 def names(arguments):
-    """(name, file) pairs of NAME=FILE arguments; a bare FILE's name is its own."""
-    return [tuple(a.split('=', 1)) if '=' in a else (a, a) for a in arguments]
+    """(name, file) pairs of NAME=FILE arguments; the name of a FILE, with = in it or without, is
+    itself."""
+    return [tuple(a.split('=', 1)) if '=' in a and not Path(a).exists() else (a, a)
+            for a in arguments]
 
 
-def run_name(name, path):
-    """A run's name; one that was given none has its file's, less a seed."""
-    return re.sub(r'-\d+$', '', Path(path).stem) if name == path else name
+def run_name(name, path, records):
+    """A run's name; one that was given none has its path, less -SEED where that is its seed."""
+    if name != path:
+        return name
+    name = re.sub(r'([/\\]metrics)?\.jsonl$', '', path.rstrip('/\\'))
+    return re.sub(rf'(?<!\de)-(seed)?{records[0]["config"]["seed"]}$', '', name)
 
 
 def read_run(path):
-    """The records of a run, its header first, from its folder or its metrics.jsonl."""
+    """The records of a run, its header first, from its folder or its metrics.jsonl; half a record
+    at the end, of a run that writes or was killed, is left out."""
     path = Path(path)
     file = path if path.suffix == '.jsonl' else path / 'metrics.jsonl'
     try:
-        records = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
-        records[0]['config']
+        lines = file.read_text(encoding='utf-8-sig').split('\n')[:-1]
+        records = [json.loads(line) for line in lines]
+        records[0]['config']['seed']
     except FileNotFoundError:
         raise FileNotFoundError(f'{file} not found: give the out_dir of a run') from None
     except (ValueError, IndexError, KeyError, TypeError) as e:
@@ -120,24 +144,24 @@ def answer(generator, split, temperature, args):
 def ask(args):
     """Answers args.question with args.ckpt."""
     example = {'question': args.question, 'context': args.context or '', 'answers': []}
-    enc, split, settings = task_of([args.ckpt], args, [example] * args.samples)
-    ids = answer(load(args.ckpt, enc, settings, args), split, args.temperature[0], args)
+    enc, split, _ = task_of([args.ckpt], args, [example] * args.samples)
+    ids = answer(load(args.ckpt, args), split, args.temperature[0], args)
     print('\n'.join(data.to_text(*ids, enc)))
 
 
 def compare(args):
     """Prints the answers of all checkpoints to the same dev prompts."""
     named = names(args.compare)
-    enc, split, settings = task_of([source for _, source in named], args)
-    columns = {'question': [e['question'] for e in split.examples],
-               'gold': [' | '.join(dict.fromkeys(e['answers'])) or data.UNANSWERABLE
-                        for e in split.examples]}
-    for name, source in named:
-        ids = answer(load(source, enc, settings, args), split, args.temperature[0], args)
-        columns[name] = data.to_text(*ids, enc)
-    width = max(map(len, columns))
-    for row in zip(*columns.values()):
-        print('\n'.join(f'{name:{width}}  {text}' for name, text in zip(columns, row)) + '\n')
+    enc, split, _ = task_of([source for _, source in named], args)
+    texts = [[e['question'] for e in split.examples],
+             [' | '.join(dict.fromkeys(e['answers'])) or data.UNANSWERABLE for e in split.examples]]
+    for _, source in named:
+        ids = answer(load(source, args), split, args.temperature[0], args)
+        texts.append(data.to_text(*ids, enc))
+    heads = ['question', 'gold', *(name for name, _ in named)]
+    width = max(map(len, heads))
+    for row in zip(*texts):
+        print('\n'.join(f'{head:{width}}  {text}' for head, text in zip(heads, row)) + '\n')
 
 
 # -----------------------------------------------------------------------------
@@ -232,14 +256,13 @@ def halves(passages, seed):
 
 def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
     """
-    Whether a new discriminator, and two trivial cheats, are right about pairs of a gold and a
-    sampled answer to prompts that they have not seen.
+    Whether a new discriminator is right about pairs of a gold and a sampled answer to prompts that
+    it has not seen.
 
     trunk            a GPT that its weights start from
     fake, fake_mask  (N, R) a response to each example of the split; equal answers are left out
     seed             a tuple of int: of the halves of the passages, the order of the pairs, dropout
-    returns          numbers of the examples judged (n,); right (n, 3), 1, 0, or .5 for equal
-                     scores, of the discriminator and of length and eos alone
+    returns          numbers of the examples judged (n,); right (n,), 1, 0, or .5 for equal scores
     """
     gold = split.batch(range(len(split)), args.device)
     differ = (gold.response != fake).cumsum(1) > 0                           # (N, R)
@@ -275,21 +298,7 @@ def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
     with torch.no_grad():
         ends = torch.cat([margins(rows)[:, -1] for rows in
                           np.array_split(judge, -(-len(judge) // args.batch_size))])
-    eos = [((ids == split.eos) & mask).any(1).long()
-           for ids, mask in ((gold.response, gold.mask), (fake, fake_mask))]
-    found = [ends.cpu().numpy()]
-    for real, sampled in (gold.mask.sum(1), fake_mask.sum(1)), eos:
-        found.append(cheat(real.cpu().numpy(), sampled.cpu().numpy(), learn, judge))
-    return judge, (np.sign(np.stack(found, 1)) + 1) / 2
-
-
-def cheat(real, fake, learn, judge):
-    """Log-likelihood ratios, of real over fake, of one small integer, counted on `learn`: what
-    those of `judge` have the more of than their fakes, (n,)."""
-    counts = [np.bincount(z[learn], minlength=max(real.max(), fake.max()) + 1) + 1
-              for z in (real, fake)]
-    ratio = np.log(counts[0]) - np.log(counts[1])
-    return ratio[real[judge]] - ratio[fake[judge]]
+    return judge, (ends.sign().cpu().numpy() + 1) / 2
 
 
 def told_apart(trunk, split, fake, fake_mask, args):
@@ -298,21 +307,20 @@ def told_apart(trunk, split, fake, fake_mask, args):
     with halves of its own: how many pairs they tell; 50% cannot be told apart.
 
     returns  dict: accuracy, of all judgements; low, high (its 95% interval); judges (the accuracy
-             of each); pairs, ties (of the whole split: answers that differ, that do not);
-             length_accuracy and eos_accuracy, of the cheats; shares, not percent. With fewer
-             than PAIRS pairs or no steps, judges is empty, and the interval is all of it
+             of each), shares, not percent; pairs, ties (of the whole split: answers that
+             differ, that do not). With fewer than PAIRS pairs or no steps, judges is empty, and
+             the interval is all of it
     """
     ties = int((split.batch(range(len(split))).response == fake.cpu()).all(1).sum())
-    figures = {'accuracy': .5, 'low': 0., 'high': 1., 'length_accuracy': .5, 'eos_accuracy': .5,
-               'judges': [], 'pairs': len(split) - ties, 'ties': ties}
+    figures = {'accuracy': .5, 'low': 0., 'high': 1., 'judges': [], 'pairs': len(split) - ties,
+               'ties': ties}
     if figures['pairs'] < PAIRS or not args.test_steps:
         return figures
     found = [fresh_discriminator(trunk, split, fake, fake_mask, (args.seed, k), args)
              for k in range(JUDGES)]
     rows, right = (np.concatenate(z) for z in zip(*found))
-    figures |= zip(('accuracy', 'length_accuracy', 'eos_accuracy'), right.mean(0).tolist())
-    figures['judges'] = [r[:, 0].mean().item() for _, r in found]
-    figures['low'], figures['high'] = interval(right[:, 0], passages_of(split.examples)[rows])
+    figures |= {'accuracy': right.mean().item(), 'judges': [r.mean().item() for _, r in found]}
+    figures['low'], figures['high'] = interval(right, passages_of(split.examples)[rows])
     return figures
 
 
@@ -413,9 +421,9 @@ def columns_of(figures):
     return {header: (spec, value(figures)) for header, (spec, value) in columns.items()}
 
 
-def load_discriminator(path, enc, settings, args):
-    """The discriminator of a run's ckpt.pt, checked like a generator."""
-    trunk, state = load(path, enc, settings, args), load_checkpoint(path).get('discriminator', {})
+def load_discriminator(path, args):
+    """The discriminator of a run's ckpt.pt."""
+    trunk, state = load(path, args), load_checkpoint(path).get('discriminator', {})
     if not state or not state['score.weight'].any():
         raise ValueError(f'--discriminator {path} holds none that has learned: give the ckpt.pt of '
                          'a run')
@@ -427,18 +435,26 @@ def load_discriminator(path, enc, settings, args):
 def evaluate(args):
     """Judges each checkpoint on held-out prompts: a table, and args.out with every figure."""
     named = names(args.evaluate)
-    enc, split, settings = task_of([source for _, source in named], args)
     args.base = args.base or named[0][1]
-    base, discriminator = load(args.base, enc, settings, args), None
+    sources = [*(source for _, source in named), args.base]
     if args.best_of:
-        discriminator = load_discriminator(args.discriminator, enc, settings, args)
+        sources.append(args.discriminator)
+    enc, split, settings = task_of(sources, args)
+    base, discriminator = load(args.base, args), None
+    if args.best_of:
+        discriminator = load_discriminator(args.discriminator, args)
+    out = Path(args.out or 'out/evaluation.json')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    open(out, 'a').close()                           # now, if it cannot be written
+    setup = {'torch': torch.__version__, 'settings': settings} | {name: getattr(args, name) for name
+             in 'device dtype base discriminator seed top_k test_steps test_lr batch_size'.split()}
     gold = split.batch(range(len(split)))
     print(f'{len(split)} prompts of {settings["data"]}; gold answers: distinct-2 '
           f'{data.distinct(gold.response, gold.mask, 2):.3f}, length {split.lengths.mean():.2f}; '
           f'fresh discriminators start from {args.base}, KL is from it, in nats per token')
     results = defaultdict(list)
     for name, source in named:
-        generator = load(source, enc, settings, args)
+        generator = load(source, args)
         for temperature in args.temperature:
             f = judge(generator, base, discriminator, split, enc, temperature, args)
             f |= {'prompts': len(split), 'temperature': temperature, 'source': source}
@@ -449,20 +465,15 @@ def evaluate(args):
                 f'{header} {value:{spec}}' for header, (spec, value) in columns_of(f).items()
                 if not math.isnan(value)))
             print('  {pairs} pairs that differ, {ties} ties'.format(**f['fresh']) + (
-                  '; told apart {accuracy:.1%} [{low:.1%}, {high:.1%}], by length '
-                  '{length_accuracy:.1%}, by eos {eos_accuracy:.1%}'.format(**f['fresh'])
-                  if f['fresh']['judges'] else ''))
-    out = Path(args.out or 'out/evaluation.json')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    setup = {'torch': torch.__version__, 'settings': settings} | {name: getattr(args, name) for name
-             in 'device dtype base discriminator seed top_k test_steps test_lr batch_size'.split()}
-    out.write_text(json.dumps({'setup': setup, 'results': results}, indent=1) + '\n')
+                  '; told apart {accuracy:.1%} [{low:.1%}, {high:.1%}]'.format(**f['fresh'])
+                  if f['fresh']['judges'] else ''), flush=True)
+            out.write_text(json.dumps({'setup': setup, 'results': results}, indent=1) + '\n')
 
 
 def read_results(path):
     """What --evaluate wrote: figures of each seed by name."""
     try:
-        results = json.loads(Path(path).read_text(encoding='utf-8'))['results']
+        results = json.loads(Path(path).read_text(encoding='utf-8-sig'))['results']
         return {name: list(seeds) for name, seeds in results.items()}
     except FileNotFoundError:
         raise FileNotFoundError(f'{path} not found: --evaluate writes it') from None
@@ -476,7 +487,8 @@ def table(args):
     rows, judged = defaultdict(list), defaultdict(list)      # of each seed, by name
     for name, path in names(args.table):
         if Path(path).suffix != '.json':
-            rows[run_name(name, path)].append(last_figures(read_run(path)))
+            records = read_run(path)
+            rows[run_name(name, path, records)].append(last_figures(records))
             continue
         for label, seeds in read_results(path).items():
             judged[label] += seeds
@@ -573,7 +585,8 @@ def plot(args):
     """One PNG of several runs; those of one name are its seeds."""
     groups = defaultdict(list)
     for name, path in names(args.plot):
-        groups[run_name(name, path)].append(read_run(path))
+        records = read_run(path)
+        groups[run_name(name, path, records)].append(records)
     draw(groups, Path(args.out or 'out/curves.png'))
 
 
@@ -615,26 +628,29 @@ def main(argv=None):
                             help=note if default is None else f'{note} (default: {default})')
     args = parser.parse_args(argv, argparse.Namespace(compile=False))
     args.prompts = (4000 if args.evaluate else 10) if args.prompts is None else args.prompts
-    if args.ckpt and not args.question:
-        parser.error('--ckpt needs --question')
+    if args.ckpt and not (args.question or '').strip():
+        parser.error('--ckpt needs a --question')
     if bool(args.best_of) != bool(args.discriminator) or args.best_of and not args.evaluate:
         parser.error('--best_of goes with --discriminator and --evaluate: give all or none')
     if args.best_of and 0 in (args.temperature or []):
         parser.error('--best_of with --temperature 0: all answers would be one, give another')
-    for name in 'samples', 'prompts', 'top_k', 'batch_size', 'micro_batch', 'best_of':
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f'--{name} {getattr(args, name)}: give at least 1')
-    for name, values in (('temperature', args.temperature or [0]), ('test_lr', [args.test_lr or 0]),
-                         ('test_steps', [args.test_steps])):
-        if min(values) < 0:
-            parser.error(f'--{name} {min(values)}: give at least 0')
+    temperatures = args.temperature or [0]
+    if len({*temperatures}) < len(temperatures):
+        parser.error(f'--temperature {temperatures}: give each once')
+    numbers = [(name, getattr(args, name)) for name in FLAGS]
+    for name, value in numbers + [('temperature', t) for t in temperatures if t]:
+        least = {'seed': 0, 'test_steps': 0, 'test_lr': 0, 'temperature': .01}.get(name, 1)
+        if isinstance(value, (int, float)) and not least <= value < 2 ** 63:
+            parser.error(f'--{name} {value}: give a number of at least {least}, below 2^63')
+    if hasattr(sys.stdout, 'reconfigure'):           # what a console lacks is a question mark there
+        sys.stdout.reconfigure(errors='replace')
     chosen = next(f for f in (compare, evaluate, table, plot, ask)
                   if f is ask or getattr(args, f.__name__))
     try:
         if chosen not in (table, plot):
             open_device(args)
         chosen(args)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         sys.exit(str(e))
     except torch.OutOfMemoryError:
         sys.exit(memory_full())
