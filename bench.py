@@ -207,7 +207,7 @@ def bench_rollout(gpt, args, found):
                    *(() if ragged else (B * args.response, rollout_limit(gpt, B // K, K, args))))
 
 
-def config(args):
+def reinforce_config(args):
     """REINFORCE's Config at the shape asked for, without an anchor."""
     return reinforce.Config(
         batch_size=args.batch[0] // args.samples, samples=args.samples, device=args.device,
@@ -229,7 +229,7 @@ def bench_train(gpt, args, found):
         optimizer = adamw(network)
 
         def run():
-            reinforce.mle_gradient(network, batch, 1.0, config(args))
+            reinforce.mle_gradient(network, batch, 1.0, reinforce_config(args))
             update(network, optimizer, 1e-5)
         return run
 
@@ -264,7 +264,7 @@ def bench_trl(gpt, args, found):
     except ImportError:
         print('TRL is not installed: left out')
         return
-    N, cfg = args.batch[0], config(args)
+    N, cfg = args.batch[0], reinforce_config(args)
     ids, pad = prompts(cfg.batch_size, args, False)
     gold = torch.randint(0, 50000, (cfg.batch_size, args.response), device=args.device)
     batch = data.Batch(ids, pad, gold, torch.ones_like(gold).bool())
@@ -343,15 +343,22 @@ def main(argv=None):
     parser.add_argument('--gbs', type=float, help='of its memory')
     parser.add_argument('--json', help='file to write')
     args = parser.parse_args(argv)
-    if args.samples < 1 or any(n < 2 or n % args.samples for n in args.batch):
+    for name, value in vars(args).items():
+        if isinstance(value, int) and value < 1 and name != 'compile':
+            sys.exit(f'--{name} {value}: give at least 1')
+    if any(n < 2 or n % args.samples for n in args.batch):
         sys.exit(f'--batch {args.batch} with --samples {args.samples}: give multiples, at least 2')
+    if args.prompt + args.response > 1024:
+        sys.exit(f'--prompt {args.prompt} + --response {args.response}: give at most 1024')
     try:
         open_device(args)
-    except ValueError as e:
+        if args.json:
+            open(args.json, 'a').close()             # now, if it cannot be written
+        config = GPTConfig(1024, EOS + 1, args.n_layer, args.n_head, args.n_embd)
+    except (ValueError, OSError) as e:
         sys.exit(str(e))
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(1024, EOS + 1, args.n_layer, args.n_head, args.n_embd)).to(args.device)
-    gpt.eval()
+    gpt = GPT(config).to(args.device).eval()
     found = {}
     name = torch.cuda.get_device_name() if args.device.startswith('cuda') else 'CPU'
     print(f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}')

@@ -338,7 +338,9 @@ def check_fit(config, enc, cfg):
 
 def check_resume(saved, given, known, file):
     """Raises a ValueError if the run of a checkpoint cannot go on, here or with the flags given."""
-    settings = saved['settings']
+    settings = saved.get('settings')
+    if settings is None:
+        raise ValueError(f'--resume: {file} is of no run: give another --out_dir')
     if 'start' not in saved.get('running', ['start']):       # counted its steps from iteration 0
         raise ValueError(f'--resume: {file} is of an older version: start another run')
     if settings.keys() - known:

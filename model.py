@@ -699,7 +699,8 @@ def open_folder(cfg):
             except BlockingIOError as e:
                 raise ValueError(f'--out_dir {out} is in use by another run: give another') from e
             except OSError as e:                     # some network file systems
-                print(f'{out} cannot be locked ({e.strerror}): start no other run in it')
+                print(f'{out} cannot be locked ({e.strerror}): start no other run in it',
+                      file=sys.stderr)
     all_sum(0)                                       # the others wait for the folder
     return out, lock
 

@@ -48,13 +48,12 @@ def task_of(sources, args, examples=None):
         saved = load_checkpoint(source) if Path(source).suffix == '.pt' else {}
         if 'settings' not in saved:                  # not of ours
             continue
-        own = {name: saved['settings'][name] for name in DEFAULTS} | given
+        own = {name: saved['settings'].get(name, value) for name, value in DEFAULTS.items()} | given
         settings, first = settings or own, first or source
         for name in own:
             if own[name] != settings[name]:
                 raise ValueError(f'{source} was trained with {name} {own[name]}, {first} with '
-                                 f'{settings[name]}: one prompt does not serve both, judge each '
-                                 'by itself')
+                                 f'{settings[name]}: take each by itself')
     settings = settings or DEFAULTS | given
     args.temperature = args.temperature or [settings['temperature']]
     enc = data.load_tokenizer(settings['data'])
@@ -66,9 +65,8 @@ def task_of(sources, args, examples=None):
         if not first:
             settings['max_prompt'] = min(settings['max_prompt'], room)
         if room < max(1, settings['max_prompt']):
-            raise ValueError(f'{source} takes {config.block_size} tokens, too few for a prompt of '
-                             f'{settings["max_prompt"]} and {settings["max_response"]} of an '
-                             'answer: judge it by itself')
+            raise ValueError(f'{source} takes {config.block_size} tokens, a prompt and its answer '
+                             'have more: take it by itself, or another')
     if examples is None:
         examples = data.load_examples(settings['data'], 'dev', args.prompts)
     else:

@@ -1737,6 +1737,9 @@ def test_an_older_checkpoint_is_not_gone_on_from():
                                           'running': {'d_acc': .5, 'g_steps': 3, 'sick': 0}})
         raises(ValueError, ['--resume', 'ckpt.pt', 'older version'], script.parse,
                ['--resume', '--out_dir', str(out)])
+        save_checkpoint(out / 'ckpt.pt', {'model': {}, 'model_args': {}})    # nanoGPT's
+        raises(ValueError, ['--resume', 'ckpt.pt', 'no run'], script.parse,
+               ['--resume', '--out_dir', str(out)])
 
 
 def test_the_learning_rate_is_reached():
@@ -2218,7 +2221,12 @@ def test_bench_races_and_refuses():
             assert len(races) == 4 and all(s > 0 for r in races.values()
                                            for s in r['seconds'].values()), races
     assert 'of the limit' in out.getvalue()
-    raises(SystemExit, ['--batch', '--samples 4'], bench.main, ['--batch', '6'])
+    for flags, words in ((['--batch', '6'], ['--batch', '--samples 4']),
+                         (['--repeats', '0'], ['--repeats 0', 'at least 1']),
+                         (['--prompt', '1000'], ['--prompt 1000', '--response 32', '1024']),
+                         (['--n_head', '7'], ['n_embd 768', 'n_head 7']),
+                         (['--json', str(SCRATCH)], [str(SCRATCH)])):
+        raises(SystemExit, words, bench.main, [*flags, '--device', 'cpu'])
 
 
 def test_health_knows_a_collapse():
@@ -2331,7 +2339,7 @@ def test_folders_that_are_taken_gone_or_oddly_named():
     raises(ValueError, [str(out), 'in use'], train, gumbel, out, *flags)
     lock.close()
     with (patched(model.fcntl, 'flock', unittest.mock.Mock(side_effect=OSError(95, 'no locks'))),
-          contextlib.redirect_stdout(io.StringIO()) as said):
+          contextlib.redirect_stderr(io.StringIO()) as said):
         model.open_folder(reinforce.parse([*flags, '--out_dir', str(out)]))
     assert 'no locks' in said.getvalue() and str(out) in said.getvalue()
     assert train(gumbel, out, *flags)['tuned']['f1'] >= 0
