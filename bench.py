@@ -344,8 +344,8 @@ def main(argv=None):
     parser.add_argument('--json', help='file to write')
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if isinstance(value, int) and value < 1 and name != 'compile':
-            sys.exit(f'--{name} {value}: give at least 1')
+        if type(value) in (int, float) and not 0 < value < float('inf'):
+            sys.exit(f'--{name} {value}: give a number above 0')
     if any(n < 2 or n % args.samples for n in args.batch):
         sys.exit(f'--batch {args.batch} with --samples {args.samples}: give multiples, at least 2')
     if args.prompt + args.response > 1024:

@@ -115,10 +115,12 @@ def read_squad(path, stamp=None):
                 if not -1 <= start < 2 ** 31:
                     raise ValueError(f'{path}: {where_q} has answer_start {start}: that is in no '
                                      'passage')
+                texts = [need(x, 'text', str, where_q) for x in answers]
+                if not all(map(str.strip, texts)):
+                    raise ValueError(f'{path}: {where_q} has an empty answer')
                 yield {'id': qid, 'context': context,
                        'question': need(qa, 'question', str, where_q),
-                       'answers': [need(x, 'text', str, where_q) for x in answers],
-                       'start': start}
+                       'answers': texts, 'start': start}
                 n += 1
     if not n:
         raise ValueError(f'{path} holds no question')
@@ -264,7 +266,8 @@ def locate(example):
     """Where in the context the answer starts and ends, characters: at `start`, or where it occurs
     nearest to that, for files count from elsewhere or in bytes; (-1, -1) if it does not."""
     answer, near = (example['answers'] or [''])[0].strip(), example['start']
-    found = [m.start() for m in re.finditer(re.escape(answer), example['context']) if answer]
+    pattern = f'(?={re.escape(answer)})'             # overlapping ones too
+    found = [m.start() for m in re.finditer(pattern, example['context']) if answer]
     start = min(found, key=lambda i: abs(i - near), default=-1)
     return start, start + len(answer) if found else -1
 
@@ -333,20 +336,23 @@ def check_fit(config, enc, cfg):
                          f'--data {cfg.data} one of {enc.n_vocab}: give a matching pair')
     if cfg.max_prompt + cfg.max_response > config.block_size:
         raise ValueError(f'--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} '
-                         f'exceed its block size {config.block_size}: lower them')
+                         f'exceed the block size {config.block_size} of --init_from '
+                         f'{cfg.init_from}: lower them')
 
 
 def check_resume(saved, given, known, file):
     """Raises a ValueError if the run of a checkpoint cannot go on, here or with the flags given."""
-    settings = saved.get('settings')
-    if settings is None:
+    fixed = 'data context max_prompt max_response n_layer n_head n_embd sft_iters control'.split()
+    fixed = [name for name in fixed if name in known]
+    settings = saved.get('settings') if isinstance(saved, dict) else None
+    if not isinstance(settings, dict) or {*fixed} - settings.keys():
         raise ValueError(f'--resume: {file} is of no run: give another --out_dir')
     if 'start' not in saved.get('running', ['start']):       # counted its steps from iteration 0
         raise ValueError(f'--resume: {file} is of an older version: start another run')
     if settings.keys() - known:
         raise ValueError(f'--resume: {file} is of another script, which has --'
                          f'{min(settings.keys() - known)}: give the --out_dir of a run of this one')
-    for name in 'data context max_prompt max_response n_layer n_head n_embd sft_iters'.split():
+    for name in fixed:
         if given.get(name, settings[name]) != settings[name]:
             raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
                              'leave it, or start another')

@@ -52,8 +52,8 @@ class GPTConfig:
     dropout: float = 0.0      # of embeddings and residual branches, in train() mode only
 
     def __post_init__(self):
-        if self.n_head < 1 or self.n_embd % self.n_head:
-            raise ValueError(f'n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: '
+        if self.n_embd % self.n_head:
+            raise ValueError(f'--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}: '
                              'change one of them')
 
 
@@ -139,7 +139,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.caches = {}                  # kept: fresh memory is slow, graphs want the same one
-        self.low = []                     # blocks with matrices in autocast's dtype, for decoding
+        self.low = None                   # blocks with matrices in autocast's dtype, for decoding
         self.compiled = False
         self.init_weights()
 
@@ -304,14 +304,16 @@ class GPT(nn.Module):
         return (logits - exponential(uniform.clone()).log_()).argmax(-1)
 
     def cast(self):
-        """Casts the matrices of the blocks for a rollout: under autocast a compiled step would at
-        each token. The copies are kept, for graphs want one address."""
+        """Casts the blocks' matrices for a rollout where decoding is compiled: under autocast it
+        would cast them at each token. The copies are kept, for graphs want one address."""
         device = self.wte.weight.device.type
-        if not (self.compiled and torch.is_autocast_enabled(device)):
+        if self.low is None:
+            return
+        if not torch.is_autocast_enabled(device):
             self.low = []
             return
         if not self.low:
-            self.low = list(copy.deepcopy(self.h).requires_grad_(False))
+            self.low = list(copy.deepcopy(self.h).requires_grad_(False).eval())
             for m in (m for block in self.low for m in block.modules() if isinstance(m, Linear)):
                 m.to(torch.get_autocast_dtype(device))
         torch._foreach_copy_([p for block in self.low for p in block.parameters()],
@@ -347,7 +349,7 @@ class GPT(nn.Module):
             block.compile()
         if self.wte.weight.is_cuda:
             self.decode = torch.compile(self.decode, mode='reduce-overhead', dynamic=False)
-            self.pick = torch.compile(self.pick)
+            self.pick, self.low = torch.compile(self.pick), []
 
     @classmethod
     def from_pretrained(cls, source):
@@ -356,7 +358,8 @@ class GPT(nn.Module):
 
         source  gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded); a folder with
                 config.json and model.safetensors, in one file or in shards, or pytorch_model.bin;
-                one .safetensors or .bin file; a .pt file of ours or of nanoGPT
+                one .safetensors or .bin file; a .pt file of ours or of nanoGPT, whose exact GELU
+                is run as the tanh form. Rows 50257 to 50303 of a vocabulary are left out
         raises  FileNotFoundError, ValueError: one sentence with the file and what is wrong with it
         """
         path = download(source) if source in HUB else Path(source)
@@ -453,7 +456,7 @@ HUB = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-me
 TURNED = 'c_attn.weight', 'c_fc.weight', 'c_proj.weight'     # (in, out) there, (out, in) here
 HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25, (6, 768): 12}
 FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
-         'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False}
+         'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'bias': True}
 
 
 def download(name):
@@ -470,9 +473,12 @@ def download(name):
 def read_json(path):
     """The dict in a file, with a byte order mark or without; raises a ValueError."""
     try:
-        return dict(json.loads(path.read_text(encoding='utf-8-sig')))
-    except (ValueError, TypeError) as e:
+        found = json.loads(path.read_text(encoding='utf-8-sig'))
+    except (ValueError, RecursionError) as e:
         raise ValueError(f'{path} is damaged: {ascii(str(e))}') from e
+    if not isinstance(found, dict):
+        raise ValueError(f'{path} is damaged: it holds no names and values')
+    return found
 
 
 def read_files(path):
@@ -490,13 +496,15 @@ def read_files(path):
         files = [path / name for name in dict.fromkeys(read_json(shards)['weight_map'].values())]
     if not files:
         raise FileNotFoundError(
-            f'{path} not found: give one of {", ".join(HUB)}, a .pt, .safetensors or .bin file, or '
-            'a folder with model.safetensors or pytorch_model.bin')
+            f'{path} {"holds no weights" if path.exists() else "not found"}: give one of '
+            f'{", ".join(HUB)}, a .pt, .safetensors or .bin file, or a folder with '
+            'model.safetensors or pytorch_model.bin')
     raw = {}
     for file in files:
         try:
-            raw |= load_file(file) if file.suffix == '.safetensors' else load_checkpoint(file)
-        except SafetensorError as e:
+            held = load_file(file) if file.suffix == '.safetensors' else load_checkpoint(file)
+            raw.update(held.items())
+        except (SafetensorError, AttributeError) as e:
             raise ValueError(f'{file} is damaged: {ascii(str(e))}') from e
     settings = files[0].with_name('config.json')
     return raw, read_json(settings) if settings.is_file() else {}, True
@@ -522,10 +530,14 @@ def read_weights(path):
         wte = weights['wte.weight'] = wte[:50257].clone()
     layers = [int(n) for k in weights for n in re.findall(r'^h\.(\d{1,4})\.', k)]
     size = max(layers, default=-1) + 1, wte.size(1)
-    if 'n_head' not in settings and size not in HEADS:
-        raise ValueError(f'{path} has no config.json beside it that tells its n_head')
-    return weights, GPTConfig(block_size=wpe.size(0), vocab_size=wte.size(0), n_layer=size[0],
-                              n_embd=size[1], n_head=settings.get('n_head', HEADS.get(size)))
+    n_head = settings.get('n_head', HEADS.get(size))
+    if n_head is None:
+        raise ValueError(f'{path} has no config.json beside it that tells its n_head: put it there')
+    if type(n_head) is not int or n_head < 1 or size[1] % n_head:
+        raise ValueError(f'{path} has n_head {n_head!r}, which does not divide n_embd {size[1]}')
+    if not all(w.isfinite().all() for w in weights.values()):
+        raise ValueError(f'{path} has weights that are not finite: give another')
+    return weights, GPTConfig(wpe.size(0), wte.size(0), size[0], n_head, size[1])
 
 
 # -----------------------------------------------------------------------------
@@ -641,6 +653,8 @@ def open_device(cfg):
         if 'LOCAL_RANK' in os.environ and cfg.device.startswith('cuda'):
             cfg.device = f'cuda:{os.environ["LOCAL_RANK"]}'
         device = torch.empty(1, device=cfg.device).device
+        if device.type not in ('cuda', 'mps', 'cpu'):
+            raise RuntimeError
         cfg.device = str(device)                     # with its number
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'--device {cfg.device} is not to be had here: give another') from e
@@ -712,12 +726,20 @@ def memory_full():
 
 
 def catch_signals():
-    """A list that SIGINT, SIGTERM or SIGHUP, unless it is ignored as under nohup, puts its number
-    into; a second one ends the process at once."""
-    caught, hangup = [], getattr(signal, 'SIGHUP', signal.SIGTERM)           # none on Windows
+    """A list that SIGINT, SIGTERM or, unless it is ignored as under nohup, SIGHUP puts its number
+    into; another SIGINT or SIGTERM ends the process at once."""
+    caught, hangup = [], getattr(signal, 'SIGHUP', None)     # Windows has none
+
+    def catch(number, _):
+        if number == hangup:                         # no more terminal to write to; it comes twice
+            sys.stdout = sys.stderr = open(os.devnull, 'w')
+        elif caught:
+            os._exit(128 + number)
+        caught.append(number)
+
     for number in signal.SIGINT, signal.SIGTERM, hangup:
-        if number != hangup or signal.getsignal(hangup) != signal.SIG_IGN:
-            signal.signal(number, lambda n, _: os._exit(128 + n) if caught else caught.append(n))
+        if number != hangup or number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, catch)
     return caught
 
 

@@ -13,7 +13,6 @@ one thing. A run is its folder or its metrics.jsonl.
 import argparse
 import json
 import math
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -45,28 +44,29 @@ def task_of(sources, args, examples=None):
     given = {k: v for k, v in (('data', args.data), ('temperature', args.temperature)) if v}
     for source in dict.fromkeys(sources):
         sizes[source] = GPT.from_pretrained(source).config
-        saved = load_checkpoint(source) if Path(source).suffix == '.pt' else {}
-        if 'settings' not in saved:                  # not of ours
+        trained = Path(source).suffix == '.pt' and load_checkpoint(source).get('settings')
+        if not trained:                              # not of ours
             continue
-        own = {name: saved['settings'].get(name, value) for name, value in DEFAULTS.items()} | given
+        own = {name: trained.get(name, value) for name, value in DEFAULTS.items()} | given
         settings, first = settings or own, first or source
         for name in own:
             if own[name] != settings[name]:
-                raise ValueError(f'{source} was trained with {name} {own[name]}, {first} with '
-                                 f'{settings[name]}: take each by itself')
+                raise ValueError(
+                    f'{source} was trained with {name} {own[name]}, {first} with {settings[name]}: '
+                    + (f'give --{name}' if name in ('data', 'temperature') else 'take one of them'))
     settings = settings or DEFAULTS | given
     args.temperature = args.temperature or [settings['temperature']]
     enc = data.load_tokenizer(settings['data'])
     for source, config in sizes.items():
         if config.vocab_size != enc.n_vocab:
-            raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, the tokenizer one '
-                             f'of {enc.n_vocab}: give --data as it was trained')
-        room = config.block_size - settings['max_response']
-        if not first:
-            settings['max_prompt'] = min(settings['max_prompt'], room)
-        if room < max(1, settings['max_prompt']):
-            raise ValueError(f'{source} takes {config.block_size} tokens, a prompt and its answer '
-                             'have more: take it by itself, or another')
+            raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, --data '
+                             f'{settings["data"]} one of {enc.n_vocab}: give a matching pair')
+        if not first:                                # a short one has short prompts and answers
+            settings['max_response'] = min(settings['max_response'], config.block_size // 4)
+            settings['max_prompt'] = min(settings['max_prompt'], config.block_size * 3 // 4)
+        elif config.block_size < settings['max_prompt'] + settings['max_response']:
+            raise ValueError(f'{source} takes {config.block_size} tokens, the prompts and answers '
+                             f'of {first} have more: take one of them')
     if examples is None:
         examples = data.load_examples(settings['data'], 'dev', args.prompts)
     else:
@@ -85,18 +85,13 @@ def load(source, args):
 
 
 def names(arguments):
-    """(name, file) pairs of NAME=FILE arguments; the name of a FILE, with = in it or without, is
-    itself."""
-    return [tuple(a.split('=', 1)) if '=' in a and not Path(a).exists() else (a, a)
-            for a in arguments]
-
-
-def run_name(name, path, records):
-    """A run's name; one that was given none has its path, less -SEED where that is its seed."""
-    if name != path:
-        return name
-    name = re.sub(r'([/\\]metrics)?\.jsonl$', '', path.rstrip('/\\'))
-    return re.sub(rf'(?<!\de)-(seed)?{records[0]["config"]["seed"]}$', '', name)
+    """(name, file) pairs of NAME=FILE arguments; a FILE, also one with = in it, is its own name."""
+    pairs = []
+    for a in arguments:
+        name, _, file = a.partition('=')
+        named = file and not Path(a).exists() and (Path(file).exists() or '/' not in name)
+        pairs.append((name, file) if named else (a, a))
+    return pairs
 
 
 def read_run(path):
@@ -106,9 +101,9 @@ def read_run(path):
     file = path if path.suffix == '.jsonl' else path / 'metrics.jsonl'
     try:
         lines = file.read_text(encoding='utf-8-sig').split('\n')[:-1]
-        records = [json.loads(line) for line in lines]
-        records[0]['config']['seed']
-    except FileNotFoundError:
+        records = [dict(json.loads(line)) for line in lines if line]
+        records[0]['config']
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f'{file} not found: give the out_dir of a run') from None
     except (ValueError, IndexError, KeyError, TypeError) as e:
         raise ValueError(f'{file} holds no metrics: give the out_dir of a run') from e
@@ -296,6 +291,8 @@ def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
     with torch.no_grad():
         ends = torch.cat([margins(rows)[:, -1] for rows in
                           np.array_split(judge, -(-len(judge) // args.batch_size))])
+    if not ends.isfinite().all():
+        raise ValueError('a fresh discriminator diverged: give a lower --test_lr')
     return judge, (ends.sign().cpu().numpy() + 1) / 2
 
 
@@ -416,7 +413,7 @@ BEST_OF = {  # the same, of --best_of: F1 of the sample that the discriminator c
 def columns_of(figures):
     """Columns of --table for the figures of --evaluate: format and value by header."""
     columns = COLUMNS | (BEST_OF if 'best_of' in figures else {})
-    return {header: (spec, value(figures)) for header, (spec, value) in columns.items()}
+    return {header: (spec, float(value(figures))) for header, (spec, value) in columns.items()}
 
 
 def load_discriminator(path, args):
@@ -464,18 +461,20 @@ def evaluate(args):
                 if not math.isnan(value)))
             print('  {pairs} pairs that differ, {ties} ties'.format(**f['fresh']) + (
                   '; told apart {accuracy:.1%} [{low:.1%}, {high:.1%}]'.format(**f['fresh'])
-                  if f['fresh']['judges'] else ''), flush=True)
+                  if f['fresh']['judges'] else f': none judged, for want of {PAIRS} or of steps'),
+                  flush=True)
             out.write_text(json.dumps({'setup': setup, 'results': results}, indent=1) + '\n')
 
 
 def read_results(path):
-    """What --evaluate wrote: figures of each seed by name."""
+    """What --evaluate wrote: by name, figures and columns of each seed."""
     try:
         results = json.loads(Path(path).read_text(encoding='utf-8-sig'))['results']
-        return {name: list(seeds) for name, seeds in results.items()}
+        return {name: [(f, columns_of(f)) for f in seeds] for name, seeds in results.items()}
     except FileNotFoundError:
         raise FileNotFoundError(f'{path} not found: --evaluate writes it') from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError) as e:
         raise ValueError(f'{path} holds no results: give what --evaluate wrote') from e
 
 
@@ -485,12 +484,13 @@ def table(args):
     rows, judged = defaultdict(list), defaultdict(list)      # of each seed, by name
     for name, path in names(args.table):
         if Path(path).suffix != '.json':
-            records = read_run(path)
-            rows[run_name(name, path, records)].append(last_figures(records))
+            rows[name].append(last_figures(read_run(path)))
             continue
         for label, seeds in read_results(path).items():
-            judged[label] += seeds
-            rows[label] += map(columns_of, seeds)
+            judged[label] += [figures for figures, _ in seeds]
+            rows[label] += [columns for _, columns in seeds]
+    if args.out and not judged:
+        raise ValueError(f'--out {args.out} is for evaluations, .json files, and none is given')
     if args.out:
         Path(args.out).write_text(json.dumps({'results': judged}, indent=1) + '\n')
 
@@ -561,7 +561,8 @@ def draw(groups, out):
     for ax, (title, value) in zip(axes.flat, PANELS.items()):
         for colour, (name, runs) in zip(COLOURS * len(groups), groups.items()):
             at, values = curves(runs, value)
-            ax.plot(at, [np.mean(v) for v in values], color=colour, linewidth=1.8, label=name)
+            ax.plot(at, [np.mean(v) for v in values], color=colour, linewidth=1.8,
+                    label=name.replace('$', r'\$'))
             ax.fill_between(at, [min(v) for v in values], [max(v) for v in values], color=colour,
                             alpha=.2, linewidth=0)
         ax.set_title(title, color=grey, fontsize=11)
@@ -583,8 +584,7 @@ def plot(args):
     """One PNG of several runs; those of one name are its seeds."""
     groups = defaultdict(list)
     for name, path in names(args.plot):
-        records = read_run(path)
-        groups[run_name(name, path, records)].append(records)
+        groups[name].append(read_run(path))
     draw(groups, Path(args.out or 'out/curves.png'))
 
 
@@ -617,8 +617,8 @@ def main(argv=None):
     what.add_argument('--table', nargs='+', metavar='FILE', help='Markdown of evaluations or runs')
     what.add_argument('--plot', nargs='+', metavar='RUN', help='to draw the curves of')
     parser.add_argument('--temperature', type=float, nargs='+',
-                        help='0 for greedy; several with --evaluate; by default what the first '
-                        "file was trained at (the poster's: .8, with --top_k 100)")
+                        help='0 for greedy; several with --evaluate; by default what the files '
+                        "were trained at (the poster's: .8, with --top_k 100)")
     parser.add_argument('--dtype', choices=['auto', 'bfloat16', 'float32'], default='auto',
                         help='of activations; auto: bfloat16 on CUDA (default: auto)')
     for name, (kind, default, note) in FLAGS.items():
@@ -628,16 +628,16 @@ def main(argv=None):
     args.prompts = (4000 if args.evaluate else 10) if args.prompts is None else args.prompts
     if args.ckpt and not (args.question or '').strip():
         parser.error('--ckpt needs a --question')
-    if bool(args.best_of) != bool(args.discriminator) or args.best_of and not args.evaluate:
+    if (args.best_of is None) != (args.discriminator is None) or args.best_of and not args.evaluate:
         parser.error('--best_of goes with --discriminator and --evaluate: give all or none')
     if args.best_of and 0 in (args.temperature or []):
         parser.error('--best_of with --temperature 0: all answers would be one, give another')
     temperatures = args.temperature or [0]
-    if len({*temperatures}) < len(temperatures):
-        parser.error(f'--temperature {temperatures}: give each once')
+    if len({*temperatures}) < len(temperatures) or temperatures[1:] and not args.evaluate:
+        parser.error(f'--temperature {temperatures}: give one, or several once each to --evaluate')
     numbers = [(name, getattr(args, name)) for name in FLAGS]
     for name, value in numbers + [('temperature', t) for t in temperatures if t]:
-        least = {'seed': 0, 'test_steps': 0, 'test_lr': 0, 'temperature': .01}.get(name, 1)
+        least = {'seed': 0, 'test_steps': 0, 'test_lr': 1e-9, 'temperature': .01}.get(name, 1)
         if isinstance(value, (int, float)) and not least <= value < 2 ** 63:
             parser.error(f'--{name} {value}: give a number of at least {least}, below 2^63')
     if hasattr(sys.stdout, 'reconfigure'):           # what a console lacks is a question mark there

@@ -331,7 +331,8 @@ def test_checkpoints_are_strict_and_execute_nothing():
         raises(ValueError, [str(path), *words], GPT.from_pretrained, str(path))
     config = json.loads((path / 'config.json').read_text())
     model.save_file(weights, path / 'model.safetensors')
-    for key, value in ('activation_function', 'relu'), ('n_head', 3):
+    for key, value in (('activation_function', 'relu'), ('n_head', 3), ('n_head', 0),
+                       ('n_head', 2.0), ('n_head', True)):
         (path / 'config.json').write_text(json.dumps({**config, key: value}))
         raises(ValueError, [str(value), key], GPT.from_pretrained, str(path))
     (path / 'model.safetensors').write_bytes(b'{')
@@ -379,9 +380,13 @@ def test_checkpoints_of_others_are_read_or_refused_by_name():
         theirs[f'{prefix}lm_head.weight'] = mine['wte.weight']
         torch.save({'model': theirs, 'model_args': args, 'iter_num': 3}, path / 'ckpt.pt')
         is_read(path / 'ckpt.pt')
+    torch.save(['abc'], path / 'list.bin')
+    raises(ValueError, ['list.bin', 'damaged'], GPT.from_pretrained, path / 'list.bin')
     theirs = {k: v for k, v in theirs.items() if not k.endswith('.bias')}    # its default
     torch.save({'model': theirs, 'model_args': args}, path / 'ckpt.pt')
     raises(ValueError, ['ckpt.pt', 'Missing', 'bias'], GPT.from_pretrained, path / 'ckpt.pt')
+    torch.save({'model': theirs, 'model_args': {**args, 'bias': False}}, path / 'ckpt.pt')
+    raises(ValueError, ['ckpt.pt', 'has bias False'], GPT.from_pretrained, path / 'ckpt.pt')
     torch.save(mine, path / 'ckpt.pt')
     raises(ValueError, ['ckpt.pt', 'no model of'], GPT.from_pretrained, path / 'ckpt.pt')
 
@@ -395,17 +400,24 @@ def test_checkpoints_of_others_are_read_or_refused_by_name():
     is_read(path)
     (path / 'model-1.safetensors').unlink()
     raises(FileNotFoundError, [str(path), 'model-1.safetensors'], GPT.from_pretrained, path)
-    index.write_text('{"weight_map": {')
-    raises(ValueError, [str(path), 'damaged'], GPT.from_pretrained, path)
+    for text in '{"weight_map": {', '[1]', '[' * 100000:
+        index.write_text(text)
+        raises(ValueError, [str(index), 'damaged'], GPT.from_pretrained, path)
 
     alone = folder('without config')                 # n_head is 64 channels in OpenAI's sizes alone
     model.save_file(weights, alone / 'model.safetensors')
     raises(ValueError, [str(alone), 'no config.json', 'n_head'], GPT.from_pretrained, alone)
     with torch.device('meta'):
         big = GPT(GPTConfig(8, 11)).to_empty(device='cpu')
+    for p in big.parameters():
+        p.data.zero_()
     big.save_pretrained(alone)
     (alone / 'config.json').unlink()
     assert GPT.from_pretrained(alone).config.n_head == 12
+    big.wpe.weight.data[3] = math.nan
+    big.save_pretrained(alone)
+    raises(ValueError, [str(alone), 'not finite'], GPT.from_pretrained, alone)
+    raises(FileNotFoundError, [str(SCRATCH), 'holds no weights'], GPT.from_pretrained, SCRATCH)
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint():
@@ -529,24 +541,34 @@ def test_prompts_are_cut_where_they_should_be():
 
 
 def test_a_cut_prompt_keeps_its_answer():
-    """Wherever answer_start says it is: behind blanks, 3 too far, in UTF-16 units or in bytes; an
-    answer with a blank at its end; one that just fits. Elsewhere it is cut from the left."""
+    """In its middle, wherever answer_start says it is: behind blanks, 3 too far, in UTF-16 units or
+    in bytes; with a blank at its end; where it just fits. Elsewhere it is cut from the left."""
     enc = data.load_tokenizer('toy')
     words = (data.FIRST * 17)[:300]
-    words[4] = 'Żółć😀'
+    words[150] = 'Żółć😀'
     context = ' '.join(words)
     at = context.index('Żółć😀')
-    blank = dict(context='   ' + context, answers=['Żółć😀'], start=at + 3)
-    off = [dict(context=context, answers=['Żółć😀'], start=n) for n in (at, at + 3, 0, 9999)]
     late = '😀' * 40 + ' Ada met Żółć😀 ' + context
     place = late.index('Żółć😀')
-    units = [dict(context=late, answers=['Żółć😀'], start=n) for n in
-             (len(late[:place].encode('utf-16-le')) // 2, len(late[:place].encode()))]
-    tail = dict(context=context + ' at Żzz', answers=['Żzz '], start=len(context) + 4)
-    for example in [blank, *off, *units, tail]:
-        example['question'] = 'Who ?'
+    units = len(late[:place].encode('utf-16-le')) // 2, len(late[:place].encode())
+    examples = [dict(context='   ' * 20 + context, answers=['Żółć😀'], start=at + 60),
+                *(dict(context=context, answers=['Żółć😀'], start=n) for n in (at, at + 3, 0)),
+                *(dict(context=late, answers=['Żółć😀'], start=n) for n in units),
+                dict(context=context.replace('😀', '. '), answers=['Żółć '], start=at)]
+    for example in examples:
+        example['question'], answer = 'Who ?', example['answers'][0].strip()
         tokens, cut = data.encode_prompt(example, enc, 64, train=True)
-        assert cut and len(tokens) == 64 and example['answers'][0].strip() in enc.decode(tokens)
+        body = enc.decode(tokens).removeprefix('[CONTEXT]').split('\n')[0]
+        assert cut and len(tokens) == 64 and body.count(answer) == 1
+        assert (' met ' in body) == (example['context'] == late)
+        ids = enc.encode_ordinary(answer)            # 1 token before the body, 4 after it
+        left = next(i for i in range(64) if tokens[i:i + len(ids)] == ids) - 1
+        assert abs(left - (59 - left - len(ids))) <= 1, (left, len(ids))
+    early = {**examples[1], 'context': 'Żzz Ada ' + context, 'answers': ['Żzz'], 'start': 0}
+    tokens, _ = data.encode_prompt(early, enc, 64, train=True)
+    assert enc.decode(tokens).startswith('[CONTEXT] Żzz Ada ')
+    tokens, _ = data.encode_prompt(examples[1], enc, 12 + 5, train=True)     # 12 bytes fit
+    assert tokens[1:13] == enc.encode_ordinary('Żółć😀')
     for n in 1, 2, 5, 40:                            # answers of as many tokens as there is room
         for first in 0, 100, 300 - n:
             answer = ' '.join(data.FIRST[(first + k) % 18] for k in range(n))
@@ -555,12 +577,13 @@ def test_a_cut_prompt_keeps_its_answer():
             example['start'] = example['context'].index(answer)
             tokens, _ = data.encode_prompt(example, enc, n + 5, train=True)
             assert enc.decode(tokens) == f'[CONTEXT] {answer}\n[QUESTION] Who ?\n[ANSWER]'
-    gone = {**off[0], 'answers': ['Otto Falk'], 'question': 'Who ?'}
+    gone = {**early, 'answers': ['Otto Falk']}
     for train in False, True:
         tokens, _ = data.encode_prompt(gone, enc, 64, train=train)
         assert words[-1] in enc.decode(tokens)
-    split = data.Split([blank, *off, *units, tail, gone], enc, 64, 9, train=True)
-    assert split.moved == 7                          # all but two
+    split = data.Split([*examples, early, gone], enc, 64, 9, train=True)
+    assert split.moved == 6                          # all but three
+    assert data.locate({'context': '1-1-1', 'answers': ['1-1'], 'start': 2}) == (2, 5)
 
 
 def test_batches_are_padded_and_masked():
@@ -617,6 +640,7 @@ def test_squad_files_are_checked():
                            ['q7', 'answer_start', '0000']),
                           ({'answers': [{'text': 'Ada', 'answer_start': True}]}, ['q7', 'bool']),
                           ({'question': 'Who\ud800?'}, ['q7', 'question', 'surrogate']),
+                          ({'answers': [{'text': ' ', 'answer_start': 0}]}, ['q7', 'empty']),
                           ({'id': 'q\udc00'}, ['article 0', 'id', 'surrogate']),
                           ({'answers': []}, ['q7', 'is_impossible False']),
                           ({'id': 7.5}, ['article 0', 'id', 'float'])):
@@ -650,7 +674,7 @@ def test_real_squad():
     assert len(split) == 12129 and split.cut_prompts > 5000
     lost = sum(e['answers'][0] not in enc.decode(p.tolist()) for e, p in
                zip(train, split.prompts) if e['answers'])
-    assert lost < 20, lost                           # the cut keeps the answer in the prompt
+    assert lost == split.moved == 0                  # the cut keeps the answer in the prompt
 
 
 # -----------------------------------------------------------------------------
@@ -1348,6 +1372,10 @@ def test_a_fresh_discriminator_is_right():
     assert np.array_equal(rows, half[~ties.numpy()[half]])
     assert right.mean() == same['judges'][2]
 
+    wild = judging(3)
+    wild.test_lr = 1e18
+    raises(ValueError, ['diverged', '--test_lr'], sample.told_apart, trunk, split, fake, mask, wild)
+
     told, ends = fake.clone(), mask.sum(1) - 1       # a full stop before eos
     told[torch.arange(1200), ends] = enc.encode_ordinary(' .')[0]
     planted = sample.told_apart(trunk, split, told, other.mask, judging(60))
@@ -1459,6 +1487,14 @@ def test_runs_are_judged_compared_tabled_and_drawn():
         for figures, in found['results'].values():
             figures['fresh'] |= {'judges': [.75], 'accuracy': .75}
         f.write_text(json.dumps(found))
+    found = json.loads(files[0].read_text())         # a byte order mark is read, damage refused
+    bad = runs[0] / 'bad.json'
+    bad.write_text(json.dumps(found), encoding='utf-8-sig')
+    assert printed('--table', bad)
+    for wrong in (1, 'x', [1], ['x'], [{'em': 1}], [{**found['results']['sft'][0], 'em': None}],
+                  [{**found['results']['sft'][0], 'prompts': 0}]):
+        bad.write_text(json.dumps({'results': {'sft': wrong}}))
+        raises(SystemExit, ['bad.json', 'holds no results'], printed, '--table', bad)
     one = runs[0] / 'one.json'
     row = printed('--table', *files, '--out', one).strip().splitlines()[-1]
     assert row.split(' | ')[column] == '75.0 ± 0.0', row
@@ -1466,8 +1502,8 @@ def test_runs_are_judged_compared_tabled_and_drawn():
 
     with open(runs[1] / 'metrics.jsonl', 'a') as f:
         f.write(json.dumps({'iter': 3, 'collapsed': 'Oslo Oslo'}) + '\n')
-    rows = printed('--table', *runs).strip().splitlines()[2:]
-    assert len(rows) == 1 and rows[0].startswith(f'| {runs[0].parent}/run | ')
+    rows = printed('--table', *(f'both={run}' for run in runs)).strip().splitlines()[2:]
+    assert len(rows) == 1 and rows[0].startswith('| both | ')
     assert rows[0].endswith('| 3 | `Oslo Oslo` |')
     png = runs[0] / 'all.png'
     printed('--plot', *(f'Gumbel={run}' for run in runs), runs[0] / 'metrics.jsonl', '--out', png)
@@ -1506,9 +1542,9 @@ def refused(*argv):
 def test_only_what_is_named_alike_is_merged():
     at = folder('names')
 
-    def run(name, seed=1, tail=''):
+    def run(name, tail=''):
         (at / name).mkdir(parents=True, exist_ok=True)
-        lines = [{'config': {'seed': seed}}, {'iter': 0, 'dev': {'f1': 1.}}, {'iter': 1, 'kl': 1.}]
+        lines = [{'config': {}}, {'iter': 0, 'dev': {'f1': 1.}}, {'iter': 1, 'kl': 1.}]
         text = ''.join(json.dumps(r) + '\n' for r in lines)
         (at / name / 'metrics.jsonl').write_text(text + tail, encoding='utf-8-sig')
         return at / name
@@ -1517,19 +1553,17 @@ def test_only_what_is_named_alike_is_merged():
         return [r.split(' | ')[0][2:].replace(f'{at}/', '') for r in
                 printed('--table', *paths).strip().splitlines()[2:]]
 
-    for first, second in (('beta0.02', 'beta0.05'), ('lr1e-5', 'lr1e-6'), ('lr1e-1', 'lr1e-2'),
-                          ('a/run', 'b/run'), ('x-2', 'x-3')):               # of one seed
+    for first, second in (('beta0.02', 'beta0.05'), ('lr1e-5', 'lr1e-6'), ('a/run', 'b/run'),
+                          ('x', 'x-1'), ('lr=0.001', 'lr=0.01')):
         assert rows(run(first), run(second)) == [first, second]
-    assert rows(run('lr1e-1', 1), run('lr1e-2', 2)) == ['lr1e-1', 'lr1e-2']
-    assert rows(run('y-1', 1), run('y-2', 2), run('z-seed3', 3)) == ['y', 'z']
-    assert rows(at / 'a/run/metrics.jsonl', at / 'b/run/metrics.jsonl') == ['a/run', 'b/run']
-    assert rows(f'A={at}/a/run', f'A={at}/b/run', f'B={at}/y-1') == ['A', 'B']
-    odd = run('lr=0.001')                            # a path with = in it
-    assert rows(odd, f'A={odd}') == ['lr=0.001', 'A']
+    assert len(rows(at / 'a/run/metrics.jsonl', at / 'b/run/metrics.jsonl')) == 2
+    assert rows(f'A={at}/a/run', f'A={at}/b/run', f'B={at}/lr=0.01') == ['A', 'B']
     groups = []
     with patched(sample, 'draw', lambda found, out: groups.append(found)):
-        printed('--plot', run('half', tail='{"iter": 2, "k'), at / 'y-1', at / 'y-2')
-    assert [*map(len, groups[0].values())] == [1, 2] and len(groups[0][f'{at}/half'][0]) == 3
+        printed('--plot', run('half', '{"iter": 2, "k'), f'A={at}/a/run', f'A={at}/b/run',
+                at / 'lr=0.01')
+    half, = groups[0][str(at / 'half')]
+    assert [*map(len, groups[0].values())] == [1, 2, 1] and len(half) == 3
     raises(ValueError, [f'--control {at}/half', 'no timed'], reinforce.control_steps, None, None,
            SimpleNamespace(control=str(at / 'half')))
 
@@ -1552,6 +1586,7 @@ def test_each_is_judged_with_its_own_prompts_or_refused():
                          refused('--evaluate', *pair, *few),
                          refused('--evaluate', pair[0], '--base', pair[1], *few)):
                 assert all(w in said for w in [*words, *pair]), said
+                assert ('give --' in said) == (words[0] in ('data', 'temperature')), said
     with contextlib.redirect_stderr(io.StringIO()):
         printed('--compare', files['plain'], files['cold'], '--temperature', '.7', '--prompts', '2')
 
@@ -1605,6 +1640,8 @@ def test_sample_refuses_what_it_cannot_take():
             ((*asked, 'x', '--top_k', '0'), ['--top_k 0', 'at least 1']),
             ((*asked, 'x', '--test_lr', 'nan'), ['--test_lr nan']),
             (('--evaluate', 'x', '--temperature', '.8', '.80'), ['0.8', 'once']),
+            (('--compare', 'x', '--temperature', '.8', '.5'), ['0.5', '--evaluate']),
+            ((*asked, 'x', '--test_lr', '0'), ['--test_lr 0']),
             (('--evaluate', 'x', '--best_of', '2'), ['--discriminator']),
             *(((*asked, 'x', '--temperature', t), [f'--temperature {float(t)}', 'at least 0.01'])
               for t in ('nan', '1e-38', 'inf', '-1')),
@@ -1621,16 +1658,25 @@ def test_sample_refuses_what_it_cannot_take():
 def test_a_gpt2_of_few_positions_can_be_asked():
     """And is told what of the passage it did not get."""
     at, n = folder('few positions'), data.load_tokenizer('toy').n_vocab
-    for positions in 128, 30:
+    for positions in 128, 30, 8:
         tiny_gpt(vocab_size=n, block_size=positions).save_pretrained(at / str(positions))
     asked = '--data', 'toy', '--question', 'Who ?', '--context', 'Ada sold it . ' * 60
     with contextlib.redirect_stderr(io.StringIO()) as err:
         assert printed('--ckpt', at / '128', *asked)
     assert '1 of 1 prompts cut to 96 tokens' in err.getvalue()
-    said = refused('--ckpt', at / '30', *asked)
-    assert str(at / '30') in said and 'takes 30 tokens' in said
-    said = refused('--ckpt', at / '128', *asked[2:-1], 'Ada', '--data', 'gone')
-    assert '--data' in said or 'vocabulary' in said or 'BPE' in said
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert printed('--ckpt', at / '30', *asked) and printed('--ckpt', at / '8', *asked)
+    assert 'cut to 22 tokens' in err.getvalue() and 'cut to 6 tokens' in err.getvalue()
+    save_checkpoint(at / 'odd.pt', {'model': tiny_gpt(vocab_size=n).state_dict(), 'settings': None,
+                                    'gpt_config': {'n_head': 2}})
+    with contextlib.redirect_stderr(err):
+        assert printed('--ckpt', at / 'odd.pt', *asked)
+    train(reinforce, at / 'run', *SMALL, '--iters', '0')
+    said = refused('--compare', at / 'run/sft.pt', at / '30', '--prompts', '2')
+    assert str(at / '30') in said and 'takes 30 tokens' in said and 'sft.pt' in said
+    tiny_gpt(vocab_size=60000).save_pretrained(at / 'other')
+    said = refused('--compare', at / 'run/sft.pt', at / 'other')
+    assert f'{at}/other has a vocabulary of 60000' in said and '--data toy' in said
 
 
 def test_a_run_evaluates_the_policy_it_trains():
@@ -1737,9 +1783,12 @@ def test_an_older_checkpoint_is_not_gone_on_from():
                                           'running': {'d_acc': .5, 'g_steps': 3, 'sick': 0}})
         raises(ValueError, ['--resume', 'ckpt.pt', 'older version'], script.parse,
                ['--resume', '--out_dir', str(out)])
-        save_checkpoint(out / 'ckpt.pt', {'model': {}, 'model_args': {}})    # nanoGPT's
-        raises(ValueError, ['--resume', 'ckpt.pt', 'no run'], script.parse,
-               ['--resume', '--out_dir', str(out)])
+        for state, words in (({'model': {}, 'model_args': {}}, 'no run'), ([1], 'no run'),
+                             ({'settings': [1]}, 'no run'), ({'settings': {}}, 'no run'),
+                             ({'settings': {'lr': .1}}, 'no run')):
+            save_checkpoint(out / 'ckpt.pt', state)
+            raises(ValueError, ['--resume', 'ckpt.pt', words], script.parse,
+                   ['--resume', '--out_dir', str(out)])
 
 
 def test_the_learning_rate_is_reached():
@@ -2154,8 +2203,7 @@ def test_extreme_settings_run():
 
 def test_control_spends_the_time_of_a_run_on_mle():
     run, out = folder('run'), folder('control')
-    lines = [{'config': {'seed': 1}}, {'iter': 0, 'dev': {}},
-             {'iter': 0, 'seconds': {'rollout': .1}},
+    lines = [{'config': {}}, {'iter': 0, 'dev': {}}, {'iter': 0, 'seconds': {'rollout': .1}},
              {'iter': 1, 'seconds': {'rollout': .3, 'generator': .1}},
              {'iter': 2, 'seconds': {'rollout': .1}}, {'iter': 3, 'seconds': {'rollout': 9.}}]
     (run / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in lines))
@@ -2222,7 +2270,8 @@ def test_bench_races_and_refuses():
                                            for s in r['seconds'].values()), races
     assert 'of the limit' in out.getvalue()
     for flags, words in ((['--batch', '6'], ['--batch', '--samples 4']),
-                         (['--repeats', '0'], ['--repeats 0', 'at least 1']),
+                         (['--repeats', '0'], ['--repeats 0', 'above 0']),
+                         (['--mean_length', 'nan'], ['--mean_length nan', 'above 0']),
                          (['--prompt', '1000'], ['--prompt 1000', '--response 32', '1024']),
                          (['--n_head', '7'], ['n_embd 768', 'n_head 7']),
                          (['--json', str(SCRATCH)], [str(SCRATCH)])):
@@ -2270,7 +2319,10 @@ def test_a_mistake_is_one_sentence():
         assert code == 2 or '\n' not in err, err
     for flags, words in ((['--table', 'gone.json'], ['gone.json', '--evaluate']),
                          (['--plot', 'gone'], ['gone/metrics.jsonl', 'not found']),
-                         (['--plot', f'run={full}'], [str(full), 'no metrics'])):
+                         (['--plot', f'run={full}'], [str(full), 'no metrics']),
+                         (['--plot', 'out/lr=1'], ['out/lr=1/metrics.jsonl', 'not found']),
+                         (['--plot', str(HERE / 'README.md')], ['README.md', 'not found']),
+                         (['--table', str(other), '--out', str(full / 'x.json')], ['--out'])):
         raises(SystemExit, words, printed, *flags)
     new = SCRATCH / 'new'
     for script, out, flags, words in (
@@ -2284,6 +2336,8 @@ def test_a_mistake_is_one_sentence():
             (ppo, new, ['--minibatch', '1000'], ['--minibatch 1000', '--batch_size 64']),
             (ppo, new, ['--clip', '0'], ['--clip 0', 'at least 0.001']),
             (reinforce, other, ['--resume', '--n_embd', '32'], ['--n_embd 32', 'has 16']),
+            (reinforce, other, ['--resume', '--control', 'x'], ['--control x', 'the run has']),
+            (reinforce, new, ['--tiny', '--device', 'meta'], ['--device meta', 'another']),
             (reinforce, other, ['--resume', '--sft_iters', '9'], ['--sft_iters 9', 'has 4']),
             (ppo, other, ['--resume'], [str(other), 'another script', '--baseline'])):
         raises((ValueError, FileNotFoundError), words, train, script, out, *flags)
@@ -2355,11 +2409,14 @@ def test_a_signal_saves_and_exits():
         flags = ['--resume'] if (out / 'sft.pt').exists() else SMALL
         process = subprocess.Popen(
             [sys.executable, HERE / 'reinforce.py', *flags, '--iters', '100000', '--out_dir', out],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # unless under nohup
         before = sum('reward' in r for r in records(out)) if (out / 'sft.pt').exists() else 0
         while process.poll() is None and not After(out, 'reward', before + 5):
             time.sleep(.05)
         process.send_signal(number)
+        if number == signal.SIGHUP:                  # from the terminal and from its shell
+            process.send_signal(number)
         assert process.wait(60) == 128 + number, process.stderr.read()
         saved = load_checkpoint(out / 'ckpt.pt')
         assert saved['iter'] == max(r['iter'] for r in records(out) if 'reward' in r) + 1
@@ -2787,7 +2844,7 @@ def test_matrices_are_cast_once_a_rollout():
     fast, plain = tiny_gpt(block_size=64), tiny_gpt(block_size=64)
     plain.load_state_dict(fast.state_dict())
     fast.compiled = plain.compiled = True
-    plain.cast = lambda: None
+    fast.low = []                                    # as on CUDA, where decoding is compiled
     prompt, pad = torch.randint(0, 12, (4, 9)), torch.arange(4)
     for seed in range(2):
         with torch.autocast('cpu', torch.bfloat16):
@@ -2799,7 +2856,7 @@ def test_matrices_are_cast_once_a_rollout():
             g.h[0].mlp.c_fc.weight.data.neg_()
     assert len(fast.state_dict()) == len(plain.state_dict())
     fast.generate(prompt, pad, 2, 12)
-    assert not fast.low                              # float32 again
+    assert not fast.low and plain.low is None        # float32 again
 
 
 def test_decoding_writes_its_cache_in_place():
