@@ -2404,20 +2404,29 @@ def test_folders_that_are_taken_gone_or_oddly_named():
 
 
 def test_a_signal_saves_and_exits():
+    """A closed terminal sends two, itself and by its shell, and cannot be written to any more."""
     out = folder('signalled')
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:              # each goes on
-        flags = ['--resume'] if (out / 'sft.pt').exists() else SMALL
+    for number, flags in ((signal.SIGINT, SMALL), (signal.SIGTERM, ['--resume']),
+                          (signal.SIGHUP, ['--resume', '--eval_interval', '1'])):
+        terminal, end = os.openpty()
         process = subprocess.Popen(
             [sys.executable, HERE / 'reinforce.py', *flags, '--iters', '100000', '--out_dir', out],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            stdout=end, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # unless under nohup
+        os.close(end)
+        os.set_blocking(terminal, False)
         before = sum('reward' in r for r in records(out)) if (out / 'sft.pt').exists() else 0
         while process.poll() is None and not After(out, 'reward', before + 5):
+            with contextlib.suppress(OSError):       # it holds 4 kB
+                os.read(terminal, 4096)
             time.sleep(.05)
         process.send_signal(number)
-        if number == signal.SIGHUP:                  # from the terminal and from its shell
+        if number == signal.SIGHUP:
+            os.close(terminal)
             process.send_signal(number)
         assert process.wait(60) == 128 + number, process.stderr.read()
+        if number != signal.SIGHUP:
+            os.close(terminal)
         saved = load_checkpoint(out / 'ckpt.pt')
         assert saved['iter'] == max(r['iter'] for r in records(out) if 'reward' in r) + 1
 
