@@ -359,7 +359,7 @@ class GPT(nn.Module):
         source  gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded); a folder with
                 config.json and model.safetensors, in one file or in shards, or pytorch_model.bin;
                 one .safetensors or .bin file; a .pt file of ours or of nanoGPT, whose exact GELU
-                is run as the tanh form. Rows 50257 to 50303 of a vocabulary are left out
+                is run as the tanh form. Up to 47 tokens beyond GPT-2's 50257 are left out
         raises  FileNotFoundError, ValueError: one sentence with the file and what is wrong with it
         """
         path = download(source) if source in HUB else Path(source)
@@ -454,7 +454,8 @@ HUB = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-me
        'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl',
        'distilgpt2': 'distilbert/distilgpt2'}
 TURNED = 'c_attn.weight', 'c_fc.weight', 'c_proj.weight'     # (in, out) there, (out, in) here
-HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25, (6, 768): 12}
+HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25,      # by layers, channels
+         (6, 768): 12}
 FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
          'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'bias': True}
 

@@ -2337,6 +2337,9 @@ def test_a_mistake_is_one_sentence():
             (ppo, new, ['--clip', '0'], ['--clip 0', 'at least 0.001']),
             (reinforce, other, ['--resume', '--n_embd', '32'], ['--n_embd 32', 'has 16']),
             (reinforce, other, ['--resume', '--control', 'x'], ['--control x', 'the run has']),
+            (reinforce, other, ['--resume', '--max_response', '7'], ['--max_response 7', 'has 6']),
+            (reinforce, other, ['--resume', '--max_prompt', '9'], ['--max_prompt 9', 'has 26']),
+            (reinforce, other, ['--resume', '--data', 'toy-varied'], ['--data toy-varied', 'toy']),
             (reinforce, new, ['--tiny', '--device', 'meta'], ['--device meta', 'another']),
             (reinforce, other, ['--resume', '--sft_iters', '9'], ['--sft_iters 9', 'has 4']),
             (ppo, other, ['--resume'], [str(other), 'another script', '--baseline'])):
