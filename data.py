@@ -340,24 +340,6 @@ def check_fit(config, enc, cfg):
                          f'{cfg.init_from}: lower them')
 
 
-def check_resume(saved, given, known, file):
-    """Raises a ValueError if the run of a checkpoint cannot go on, here or with the flags given."""
-    fixed = 'data context max_prompt max_response n_layer n_head n_embd sft_iters control'.split()
-    fixed = [name for name in fixed if name in known]
-    settings = saved.get('settings') if isinstance(saved, dict) else None
-    if not isinstance(settings, dict) or {*fixed} - settings.keys():
-        raise ValueError(f'--resume: {file} is of no run: give another --out_dir')
-    if 'start' not in saved.get('running', ['start']):       # counted its steps from iteration 0
-        raise ValueError(f'--resume: {file} is of an older version: start another run')
-    if settings.keys() - known:
-        raise ValueError(f'--resume: {file} is of another script, which has --'
-                         f'{min(settings.keys() - known)}: give the --out_dir of a run of this one')
-    for name in fixed:
-        if given.get(name, settings[name]) != settings[name]:
-            raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
-                             'leave it, or start another')
-
-
 def order(n, batch_size, seed, step):
     """
     Example numbers (batch_size,) of batch `step`: epochs of n, each shuffled by (seed, epoch).

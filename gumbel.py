@@ -18,11 +18,9 @@ was sampled), samples of the relaxed distribution in evaluation.
 import argparse
 import copy
 import inspect
-import math
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Literal, Optional, get_args
 
 import torch
@@ -31,9 +29,9 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast,
-                   catch_signals, exponential, gathered, hold_last, load_checkpoint, memory_full,
-                   open_device, open_folder, ranks, save, schedule, shard, uniform, update)
+from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast, catch_signals,
+                   exponential, gathered, hold_last, load_checkpoint, memory_full, open_device,
+                   open_folder, ranks, save, schedule, settings_to_resume, shard, uniform, update)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -93,11 +91,8 @@ TINY = dict(
     samples=2, micro_batch=128, beta=0.0, anchor=4.0, lr=4e-3, d_lr=2e-3,
     d_warmup_iters=180, d_warmup_acc=.9, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
 )
-BOUNDS = dict(                       # (least, most); else whole numbers are from 1, others from 0
-    seed=(0, 2 ** 63 - 1), sft_iters=(0, math.inf), iters=(0, math.inf),
-    d_warmup_iters=(0, math.inf), d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1),
-    temperature=(.01, math.inf),
-)
+FROM_0 = 'seed', 'sft_iters', 'iters', 'd_warmup_iters'     # other whole numbers are from 1
+BOUNDS = dict(d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9))
 TAU = 1.0, .5                        # temperature of the relaxed samples, from start to end
 
 
@@ -119,14 +114,8 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))
     settings = dict(TINY) if given.get('tiny') else {}
     if given.get('resume'):
-        out = Path(given.get('out_dir', Config.out_dir))
-        file = next((f for f in (out / 'ckpt.pt', out / 'sft.pt') if f.exists()), None)
-        if file is None:
-            raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
-                             'the --out_dir of a run')
-        saved = load_checkpoint(file)
-        data.check_resume(saved, given, Config.__dataclass_fields__.keys(), file)
-        settings = {**saved['settings'], 'out_dir': str(out)}
+        given.setdefault('out_dir', Config.out_dir)
+        settings = settings_to_resume(given, Config.__dataclass_fields__.keys())
     cfg = Config(**{**settings, **given})
     check(cfg)
     return cfg
@@ -136,10 +125,10 @@ def check(cfg):
     """Raises a ValueError naming the flag, its value and the remedy."""
     for name, value in asdict(cfg).items():
         if type(value) in (int, float):
-            least, most = BOUNDS.get(name, (1 if type(value) is int else 0, math.inf))
-            if not (least <= value <= most and math.isfinite(value)):
-                raise ValueError(f'--{name} {value}: give a number of at least {least}' + (
-                    f' and at most {most}' if most < math.inf else ''))
+            from_1 = type(value) is int and name not in FROM_0
+            least, most = BOUNDS.get(name, (int(from_1), 2 ** 63 - 1))
+            if not least <= value <= most:
+                raise ValueError(f'--{name} {value}: give a number from {least} to {most}')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
 

@@ -642,6 +642,31 @@ def load_checkpoint(path):
         raise ValueError(f'{path} is not a readable checkpoint (truncated?): use another') from e
 
 
+def settings_to_resume(given, known):
+    """Settings of the run in given['out_dir']; raises a ValueError if it cannot go on, as a script
+    whose settings are `known`, or with the flags given."""
+    out = Path(given['out_dir'])
+    file = next((f for f in (out / 'ckpt.pt', out / 'sft.pt') if f.exists()), None)
+    if file is None:
+        raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give the '
+                         '--out_dir of a run')
+    fixed = 'data context max_prompt max_response n_layer n_head n_embd sft_iters control'.split()
+    fixed, saved = [name for name in fixed if name in known], load_checkpoint(file)
+    settings = saved.get('settings') if isinstance(saved, dict) else None
+    if not isinstance(settings, dict) or {*fixed} - settings.keys():
+        raise ValueError(f'--resume: {file} is of no run: give another --out_dir')
+    if 'start' not in saved.get('running', ['start']):       # counted its steps from iteration 0
+        raise ValueError(f'--resume: {file} is of an older version: start another run')
+    if settings.keys() - known:
+        raise ValueError(f'--resume: {file} is of another script, which has --'
+                         f'{min(settings.keys() - known)}: give the --out_dir of a run of this one')
+    for name in fixed:
+        if given.get(name, settings[name]) != settings[name]:
+            raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
+                             'leave it, or start another')
+    return settings
+
+
 def open_device(cfg):
     """Joins the ranks of torchrun and resolves the device, dtype and compile of a script's Config;
     returns them as they were, for a run to be resumed elsewhere. Raises a ValueError naming the

@@ -16,11 +16,9 @@ Left out on purpose: discounting (answers are short), a critic that shares the p
 import argparse
 import copy
 import inspect
-import math
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Literal, Optional, get_args
 
 import torch
@@ -29,9 +27,10 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast,
-                   catch_signals, gathered, hold_last, linear_in_float32, load_checkpoint,
-                   memory_full, open_device, open_folder, ranks, save, schedule, shard, update)
+from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast, catch_signals,
+                   gathered, hold_last, linear_in_float32, load_checkpoint, memory_full,
+                   open_device, open_folder, ranks, save, schedule, settings_to_resume, shard,
+                   update)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -99,11 +98,9 @@ TINY = dict(
     d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
     minibatch=64, critic_lr=4e-3, pretrain=.7,
 )
-BOUNDS = dict(                       # (least, most); else whole numbers are from 1, others from 0
-    seed=(0, 2 ** 63 - 1), sft_iters=(0, math.inf), iters=(0, math.inf),
-    d_warmup_iters=(0, math.inf), d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1),
-    temperature=(.01, math.inf), clip=(.001, math.inf), lam=(0, 1),
-)
+FROM_0 = 'seed', 'sft_iters', 'iters', 'd_warmup_iters'     # other whole numbers are from 1
+BOUNDS = dict(d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9),
+              clip=(.001, 1e9), lam=(0, 1))
 NO_EOS_REWARD = -1.0                 # of an answer that does not end
 APPROX_KL = .02                      # a rollout is left when pi is so far from pi_old, nats a token
 PASSAGES = 16                        # of an update
@@ -127,14 +124,8 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))
     settings = dict(TINY) if given.get('tiny') else {}
     if given.get('resume'):
-        out = Path(given.get('out_dir', Config.out_dir))
-        file = next((f for f in (out / 'ckpt.pt', out / 'sft.pt') if f.exists()), None)
-        if file is None:
-            raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give '
-                             'the --out_dir of a run')
-        saved = load_checkpoint(file)
-        data.check_resume(saved, given, Config.__dataclass_fields__.keys(), file)
-        settings = {**saved['settings'], 'out_dir': str(out)}
+        given.setdefault('out_dir', Config.out_dir)
+        settings = settings_to_resume(given, Config.__dataclass_fields__.keys())
     cfg = Config(**{**settings, **given})
     check(cfg)
     return cfg
@@ -144,10 +135,10 @@ def check(cfg):
     """Raises a ValueError naming the flag, its value and the remedy."""
     for name, value in asdict(cfg).items():
         if type(value) in (int, float):
-            least, most = BOUNDS.get(name, (1 if type(value) is int else 0, math.inf))
-            if not (least <= value <= most and math.isfinite(value)):
-                raise ValueError(f'--{name} {value}: give a number of at least {least}' + (
-                    f' and at most {most}' if most < math.inf else ''))
+            from_1 = type(value) is int and name not in FROM_0
+            least, most = BOUNDS.get(name, (int(from_1), 2 ** 63 - 1))
+            if not least <= value <= most:
+                raise ValueError(f'--{name} {value}: give a number from {least} to {most}')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
     check_approach(cfg)

@@ -2334,7 +2334,7 @@ def test_a_mistake_is_one_sentence():
             (reinforce, new, ['--tiny', '--init_from', str(other / 'sft.pt'), '--max_prompt', '99'],
              ['--max_prompt 99', 'block size 32']),
             (ppo, new, ['--minibatch', '1000'], ['--minibatch 1000', '--batch_size 64']),
-            (ppo, new, ['--clip', '0'], ['--clip 0', 'at least 0.001']),
+            (ppo, new, ['--clip', '0'], ['--clip 0', 'from 0.001']),
             (reinforce, other, ['--resume', '--n_embd', '32'], ['--n_embd 32', 'has 16']),
             (reinforce, other, ['--resume', '--control', 'x'], ['--control x', 'the run has']),
             (reinforce, other, ['--resume', '--max_response', '7'], ['--max_response 7', 'has 6']),
