@@ -63,7 +63,8 @@ def task_of(sources, args, examples=None):
                              f'{settings["data"]} one of {enc.n_vocab}: give a matching pair')
         if not first:                                # a short one has short prompts and answers
             settings['max_response'] = min(settings['max_response'], config.block_size // 4)
-            settings['max_prompt'] = min(settings['max_prompt'], config.block_size * 3 // 4)
+            settings['max_prompt'] = min(settings['max_prompt'],
+                                         config.block_size - settings['max_response'])
         elif config.block_size < settings['max_prompt'] + settings['max_response']:
             raise ValueError(f'{source} takes {config.block_size} tokens, the prompts and answers '
                              f'of {first} have more: take one of them')
@@ -80,7 +81,7 @@ def task_of(sources, args, examples=None):
 
 
 def load(source, args):
-    """A GPT from whatever --init_from takes, on the device."""
+    """A GPT from whatever `from_pretrained` takes, on the device."""
     return GPT.from_pretrained(source).to(args.device).eval()
 
 
@@ -611,7 +612,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--ckpt', help='a checkpoint to ask: .pt of ours, or what --init_from takes')
+    what.add_argument('--ckpt', help='to ask: gpt2, a .pt, .safetensors or .bin file, or a folder')
     what.add_argument('--compare', nargs='+', metavar='CKPT', help='to set side by side')
     what.add_argument('--evaluate', nargs='+', metavar='CKPT', help='to judge on held-out prompts')
     what.add_argument('--table', nargs='+', metavar='FILE', help='Markdown of evaluations or runs')
@@ -639,7 +640,8 @@ def main(argv=None):
     for name, value in numbers + [('temperature', t) for t in temperatures if t]:
         least = {'seed': 0, 'test_steps': 0, 'test_lr': 1e-9, 'temperature': .01}.get(name, 1)
         if isinstance(value, (int, float)) and not least <= value < 2 ** 63:
-            parser.error(f'--{name} {value}: give a number of at least {least}, below 2^63')
+            zero = '0, or ' * (name == 'temperature')
+            parser.error(f'--{name} {value}: give {zero}a number of at least {least}, below 2^63')
     if hasattr(sys.stdout, 'reconfigure'):           # what a console lacks is a question mark there
         sys.stdout.reconfigure(errors='replace')
     chosen = next(f for f in (compare, evaluate, table, plot, ask)

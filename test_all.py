@@ -1643,7 +1643,7 @@ def test_sample_refuses_what_it_cannot_take():
             (('--compare', 'x', '--temperature', '.8', '.5'), ['0.5', '--evaluate']),
             ((*asked, 'x', '--test_lr', '0'), ['--test_lr 0']),
             (('--evaluate', 'x', '--best_of', '2'), ['--discriminator']),
-            *(((*asked, 'x', '--temperature', t), [f'--temperature {float(t)}', 'at least 0.01'])
+            *(((*asked, 'x', '--temperature', t), [f'--temperature {float(t)}', '0, or', '0.01'])
               for t in ('nan', '1e-38', 'inf', '-1')),
             *(((*asked, 'x', '--seed', s), [f'--seed {s}', 'below']) for s in (2 ** 63, -1))):
         said = refused(*flags)
@@ -1658,15 +1658,16 @@ def test_sample_refuses_what_it_cannot_take():
 def test_a_gpt2_of_few_positions_can_be_asked():
     """And is told what of the passage it did not get."""
     at, n = folder('few positions'), data.load_tokenizer('toy').n_vocab
-    for positions in 128, 30, 8:
+    for positions in 288, 128, 30, 8:
         tiny_gpt(vocab_size=n, block_size=positions).save_pretrained(at / str(positions))
     asked = '--data', 'toy', '--question', 'Who ?', '--context', 'Ada sold it . ' * 60
     with contextlib.redirect_stderr(io.StringIO()) as err:
         assert printed('--ckpt', at / '128', *asked)
-    assert '1 of 1 prompts cut to 96 tokens' in err.getvalue()
+        assert printed('--ckpt', at / '288', *asked)         # 256 + 32, as a run from scratch has
+    assert err.getvalue() == '1 of 1 prompts cut to 96 tokens from the left\n'
     with contextlib.redirect_stderr(io.StringIO()) as err:
         assert printed('--ckpt', at / '30', *asked) and printed('--ckpt', at / '8', *asked)
-    assert 'cut to 22 tokens' in err.getvalue() and 'cut to 6 tokens' in err.getvalue()
+    assert 'cut to 23 tokens' in err.getvalue() and 'cut to 6 tokens' in err.getvalue()
     save_checkpoint(at / 'odd.pt', {'model': tiny_gpt(vocab_size=n).state_dict(), 'settings': None,
                                     'gpt_config': {'n_head': 2}})
     with contextlib.redirect_stderr(err):
