@@ -26,7 +26,6 @@ FILES = {'train': 'train-v2.0.json', 'dev': 'dev-v2.0.json'}
 # -----------------------------------------------------------------------------
 # SQuAD in
 
-
 def load_examples(data, split, n=None):
     """
     One split as a list of dicts: id, context, question, answers (texts, [] where unanswerable),
@@ -226,7 +225,6 @@ def load_tokenizer(data):
 # -----------------------------------------------------------------------------
 # prompts and responses out
 
-
 class Batch(NamedTuple):
     prompt: torch.Tensor      # (B, P) ids, left-padded
     pad: torch.Tensor         # (B,) padding tokens on the left
@@ -395,7 +393,6 @@ def to_text(responses, mask, enc):
 
 # -----------------------------------------------------------------------------
 # metrics of answers
-
 
 def normalize(answer):
     """Lower case, no punctuation, no articles, single spaces: SQuAD's rule for comparing."""

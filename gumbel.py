@@ -15,13 +15,9 @@ Left out on purpose: gradients through what a token does to later ones (each pre
 was sampled), samples of the relaxed distribution in evaluation.
 """
 
-import argparse
 import copy
-import inspect
-import re
-import sys
-from dataclasses import asdict, dataclass, fields
-from typing import Literal, Optional, get_args
+from dataclasses import dataclass
+from typing import Literal, Optional
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +25,16 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast, catch_signals,
-                   exponential, gathered, hold_last, load_checkpoint, memory_full, open_device,
-                   open_folder, ranks, save, schedule, settings_to_resume, shard, uniform, update)
+from model import (Discriminator, Log, adamw, all_sum, autocast, exponential, gathered, hold_last,
+                   last_checkpoint, load_checkpoint, load_generator, main, open_device, open_folder,
+                   rank, save, schedule, shard, signalled, uniform, update, world)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
 
-
 @dataclass
 class Config:
+    script = 'gumbel'                # no flag: a checkpoint's, which no other script resumes
     # i/o
     out_dir: str = 'out/gumbel'      # where checkpoints, metrics, curves and samples go
     seed: int = 1                    # of new weights, the order of examples, the sampling noise
@@ -89,53 +85,18 @@ TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
     device='cpu', sft_iters=90, sft_batch_size=64, sft_lr=4e-3, iters=300, batch_size=128,
     samples=2, micro_batch=128, beta=0.0, anchor=4.0, lr=4e-3, d_lr=2e-3,
-    d_warmup_iters=180, d_warmup_acc=.9, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
-)
-FROM_0 = 'seed', 'sft_iters', 'iters', 'd_warmup_iters'     # other whole numbers are from 1
-BOUNDS = dict(d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9))
+    d_warmup_iters=180, d_warmup_acc=.9, d_max_acc=.95, d_dropout=0.0, eval_interval=25)
+BOUNDS = dict(seed=(0, None), sft_iters=(0, None), iters=(0, None), d_warmup_iters=(0, None),
+              d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9))
 TAU = 1.0, .5                        # temperature of the relaxed samples, from start to end
 
 
-def parse(argv=None):
-    """A Config from flags: their names, types, defaults and help are those of its fields."""
-    notes = dict(re.findall(r'^    (\w+):.*?  # +(.*)$', inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage='%(prog)s [--flag value ...]; %(prog)s --help lists them', allow_abbrev=False)
-    for f in fields(Config):
-        if f.type in (bool, Optional[bool]):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(f.type):
-            kind = dict(choices=get_args(f.type))
-        else:
-            kind = dict(type=f.type)
-        parser.add_argument('--' + f.name, default=argparse.SUPPRESS,
-                            help=f'{notes[f.name]} (default: {f.default})', **kind)
-    given = vars(parser.parse_args(argv))
-    settings = dict(TINY) if given.get('tiny') else {}
-    if given.get('resume'):
-        given.setdefault('out_dir', Config.out_dir)
-        settings = settings_to_resume(given, Config.__dataclass_fields__.keys())
-    cfg = Config(**{**settings, **given})
-    check(cfg)
-    return cfg
-
-
 def check(cfg):
-    """Raises a ValueError naming the flag, its value and the remedy."""
-    for name, value in asdict(cfg).items():
-        if type(value) in (int, float):
-            from_1 = type(value) is int and name not in FROM_0
-            least, most = BOUNDS.get(name, (int(from_1), 2 ** 63 - 1))
-            if not least <= value <= most:
-                raise ValueError(f'--{name} {value}: give a number from {least} to {most}')
-    if cfg.resume and cfg.overwrite:
-        raise ValueError('--resume with --overwrite: give one of them')
+    """Any settings of Gumbel-softmax go together."""
 
 
 # -----------------------------------------------------------------------------
 # losses: functions of tensors
-
 
 def discriminator_loss(real, fake, kind):
     """
@@ -160,7 +121,9 @@ def compared(response, mask, gold, gold_mask, prefixes):
     differ = (response != gold[:, None]).cumsum(-1) > 0
     if prefixes:
         return differ & (mask | gold_mask[:, None])
-    return F.pad(differ[..., -1:], (differ.size(-1) - 1, 0))
+    whole = torch.zeros_like(differ)
+    whole[..., -1] = differ[..., -1]
+    return whole
 
 
 def generator_loss(real, fake, kind):
@@ -218,7 +181,6 @@ def kl_penalty(logits, ref_logits, response, mask):
 # -----------------------------------------------------------------------------
 # scores and rewards
 
-
 def beside_gold(batch, roll):
     """The gold answer and, after it, the samples of each prompt: ids and mask (B, 1 + K, R)."""
     return (torch.cat((batch.response[:, None], roll.response), 1),
@@ -253,16 +215,15 @@ def encode(generator, batch, roll, tau, rng, cfg):
     return answers, mask, logits
 
 
-def score(discriminator, batch, response, mask, cfg):
-    """Scores s_t, logits, of N answers to each prompt, (B, N, R) ids or (B, N, R, V) one-hots:
-    (B, N, R), where an answer that is over keeps its last."""
+def score_shown(discriminator, batch, answers, mask, cfg):
+    """Scores s_t, logits, of answers as `encode` shows them: (B, 1 + K, R), where an answer that is
+    over keeps its last."""
     with autocast(cfg):
-        return hold_last(discriminator(batch.prompt, batch.pad, response), mask)
+        return hold_last(discriminator(batch.prompt, batch.pad, answers), mask)
 
 
 # -----------------------------------------------------------------------------
 # training
-
 
 def mle_gradient(generator, batch, weight, cfg):
     """Adds the gradient of weight x -log pi of a Batch's gold answers with their eos, in
@@ -277,11 +238,11 @@ def mle_gradient(generator, batch, weight, cfg):
     return all_sum(total).item()
 
 
-def mle_step(generator, optimizer, train_set, stream, step, steps, cfg):
-    """MLE update number `step` of `steps`; dict: mle, the loss in nats per token, mle_norm, lr. The
-    stream of batches: 0 a warm start's; 1 is the rollouts', 2 the passages', 3 a control's."""
-    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, stream), step)
-    lr = cfg.sft_lr * schedule(step, steps)
+def mle_step(generator, optimizer, train_set, step, cfg):
+    """Update number `step` of the warm start; dict: mle, the loss in nats per token, mle_norm, lr.
+    Its stream of batches is number 0, that of the rollouts 1, that of ppo.py's passages 2."""
+    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
+    lr = cfg.sft_lr * schedule(step, cfg.sft_iters)
     loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
 
@@ -294,8 +255,8 @@ def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, 
     returns  dict: d_loss in nats per prefix, d_norm, d_acc (None if all tie), tie_rate, reward
              (the mean score)
     """
-    where = compared(*roll[:2], *batch[2:], cfg.d_prefixes)                  # (B, K, R)
-    n, n_pairs = where[..., 0].numel() * ranks()[1], all_sum(where.any(-1).sum()).item()
+    where = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes)
+    n, n_pairs = roll.ended.numel() * world(), all_sum(where.any(-1).sum()).item()
     n_places = max(all_sum(where.sum()).item(), 1)
     learn = learn and n_pairs > 0
     discriminator.train(learn)
@@ -304,7 +265,7 @@ def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, 
         with torch.no_grad():
             answers, mask, _ = encode(generator, part, r, tau, rng, cfg)
         with torch.set_grad_enabled(learn):
-            scores = score(discriminator, part, answers, mask, cfg)          # (b, 1 + K, R)
+            scores = score_shown(discriminator, part, answers, mask, cfg)    # (b, 1 + K, R)
             real, fake = scores[:, :1], scores[:, 1:]
             loss = (discriminator_loss(real, fake, cfg.d_loss) * w).sum() / n_places
         if learn:
@@ -328,13 +289,13 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     KL's by the answers.
     returns  dict: g_loss, g_norm, mle, kl and entropy (nats per token)
     """
-    n, n_tokens = roll.mask[..., 0].numel() * ranks()[1], all_sum(roll.mask.sum())
-    where = compared(*roll[:2], *batch[2:], cfg.d_prefixes)                  # (B, K, R)
+    n, n_tokens = roll.ended.numel() * world(), all_sum(roll.mask.sum())
+    where = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes)
     sums = torch.zeros(4, device=where.device)
     for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
         answers, mask, logits = encode(generator, part, r, tau, rng, cfg)
         shown = answers.detach().requires_grad_()    # the discriminator's weights get no gradient
-        scores = score(discriminator, part, shown, mask, cfg)
+        scores = score_shown(discriminator, part, shown, mask, cfg)
         loss = (generator_loss(scores[:, :1].detach(), scores[:, 1:], cfg.d_loss) * w).sum()
         loss = loss / n_tokens
         grad, = torch.autograd.grad(loss, shown)
@@ -351,36 +312,27 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     return figures
 
 
-def load_generator(cfg, enc):
-    """The generator that --init_from names, on the device."""
-    if cfg.init_from == 'scratch':
-        generator = GPT(GPTConfig(max(cfg.max_prompt + cfg.max_response, 2), enc.n_vocab,
-                                  cfg.n_layer, cfg.n_head, cfg.n_embd))
-    else:
-        generator = GPT.from_pretrained(cfg.init_from)
-    data.check_fit(generator.config, enc, cfg)
-    return generator.to(cfg.device).eval()
-
-
-def warm_start(generator, train_set, stream, out, log, caught, cfg):
+def warm_start(generator, train_set, out, log, caught, cfg):
     """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
     path, optimizer, start = out / 'sft.pt', adamw(generator), 0
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
         generator.load_state_dict(saved['model'])
         start = saved['sft_iter']
-        if start < cfg.sft_iters:
-            optimizer.load_state_dict(saved['optimizer'])
-    for step in tqdm(range(start, cfg.sft_iters + 1), 'warm start', disable=None):
-        stop, over = all_sum(bool(caught)) > 0, step == cfg.sft_iters
-        if stop or over or step % cfg.eval_interval == 0:
-            save(path, generator, log, sft_iter=step,
-                 optimizer=None if over else optimizer.state_dict())
+        if start == cfg.sft_iters:
+            return True
+        optimizer.load_state_dict(saved['optimizer'])
+    for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
+        stop = signalled(caught)
+        if stop or step % cfg.eval_interval == 0:
+            save(path, generator, log, sft_iter=step, optimizer=optimizer)
         if stop:
             return False
-        if not over:
-            log({'sft_iter': step, **mle_step(generator, optimizer, train_set, stream, step,
-                                              cfg.sft_iters, cfg)})
+        log.lap()
+        record = {'sft_iter': step, **mle_step(generator, optimizer, train_set, step, cfg)}
+        log.lap('warm start')
+        log({**record, 'seconds': log.seconds})
+    save(path, generator, log, sft_iter=cfg.sft_iters, optimizer=None)
     return True
 
 
@@ -395,67 +347,62 @@ def train(cfg, caught=()):
     # setup
     given = open_device(cfg)
     out, lock = open_folder(cfg)                     # the lock holds as long as it is kept
-    rank = ranks()[0]
     torch.manual_seed(cfg.seed)
     # data and models
     enc, train_set, dev_set = data.load(cfg)
-    generator = load_generator(cfg, enc)
+    generator = load_generator(cfg, enc.n_vocab)
+    data.check_fit(generator.config, enc, cfg)
     reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
     if cfg.compile:
         generator.compile()
     # warm start
-    files = [out / 'ckpt.pt', out / 'sft.pt'] if cfg.resume else []
-    saved = next((load_checkpoint(file) for file in files if file.exists()), {})
-    log = Log(out, cfg, given, saved.get('log_size', 0))
-    if not warm_start(generator, train_set, 0, out, log, caught, cfg):
+    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {'log_size': 0}
+    log = Log(out, cfg, given, saved['log_size'])
+    if not warm_start(generator, train_set, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
-    running = {'d_acc': .5, 'start': None, 'sick': 0}                         # d_acc: chance
+    start, running = 0, {'d_acc': .5, 'start': None, 'sick': 0}              # d_acc: chance
     # resume
-    if 'running' in saved:
+    if 'running' in saved:                           # beyond the warm start
+        start, running = saved['iter'], saved['running']
         generator.load_state_dict(saved['model'])
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
-        running = saved['running']
     if cfg.compile:
         for network in reference, discriminator.trunk:
             network.compile()
 
-    for it in tqdm(range(saved.get('iter', 0), cfg.iters + 1), 'iterations', disable=None):
+    for it in tqdm(range(start, cfg.iters), 'iterations', disable=None):
         # evaluate and checkpoint
-        due = it % cfg.eval_interval == 0 or it == cfg.iters
-        stop = all_sum(bool(caught)) > 0
-        if stop or it == cfg.iters or (due and not running['sick']):
-            save(out / 'ckpt.pt', generator, log, iter=it, running=running,
-                 **{name: part.state_dict() for name, part in stateful.items()})
-        if due and rank == 0:
-            figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
-            log({'iter': it, 'dev': figures})
-            sample.draw({'this run': [sample.read_run(out)]}, out / 'curves.png')
+        due, stop = it % cfg.eval_interval == 0, signalled(caught)
+        if stop or (due and not running['sick']):
+            save(out / 'ckpt.pt', generator, log, iter=it, running=running, **stateful)
         if stop:
             return None
-        if it == cfg.iters:
-            break
+        if due and rank() == 0:
+            sample.report(it, generator, discriminator, dev_set, enc, out, log, cfg)
 
         # rollout
         log.lap()
-        # of dropout and of sampling, so that a resumed run draws the same
-        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)
-        rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
+        # seeds of dropout and of sampling, so that a resumed run draws the same
+        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank())
+        rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank())
         index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
         batch = train_set.batch(shard(index), cfg.device)
         tau = TAU[0] + (TAU[1] - TAU[0]) * it / cfg.iters
         with autocast(cfg):
             roll = generator.generate(batch.prompt, batch.pad, cfg.max_response, dev_set.eos,
                                       cfg.samples, cfg.temperature, rng=rng)
-        record = {'iter': it, **data.health(*gathered(*roll, *batch[2:]))}
+        record = {'iter': it, **data.health(*gathered(*roll, batch.response, batch.mask))}
         running['sick'] = running['sick'] + 1 if record.pop('sick') else 0
         log.lap('rollout')
 
         # discriminator step
+        # the generator moves once the discriminator's head start is over, and then for good; the
+        # discriminator learns in its head start, and later where it does not win too easily
         moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         learn = not moving or running['d_acc'] <= cfg.d_max_acc
@@ -480,26 +427,11 @@ def train(cfg, caught=()):
         if running['sick'] > 20:                     # iterations in a row
             log.collapsed(it, data.to_text(roll.response[:, 0], roll.mask[:, 0], enc))
 
-    if rank:
+    save(out / 'ckpt.pt', generator, log, iter=cfg.iters, running=running, **stateful)
+    if rank():
         return None
-    figures = sample.finish({'warm start': reference, 'tuned': generator}, discriminator, dev_set,
-                            enc, out, cfg)
-    log({'final': figures})
-    return figures
-
-
-def main(argv=None):
-    """The command line: a user's mistake is one sentence and exit code 1, a signal 128 + it."""
-    caught = catch_signals()
-    try:
-        train(parse(argv), caught)
-    except (ValueError, OSError, FloatingPointError) as e:
-        sys.exit(str(e))
-    except torch.OutOfMemoryError:
-        sys.exit(memory_full())
-    if caught:
-        sys.exit(128 + caught[0])
+    return sample.finish(reference, generator, discriminator, dev_set, enc, out, log, cfg)
 
 
 if __name__ == '__main__':
-    main()
+    main(__doc__, Config, TINY, BOUNDS, check, train)

@@ -1,6 +1,7 @@
 """
-GPT-2 by hand, a discriminator on top of it, and what every run needs: optimizer, devices, ranks,
-files. Left out on purpose: training loops, attention dropout, weights of other families than GPT-2.
+Functions of tensors first: GPT-2 by hand, a discriminator on top of it, OpenAI's files. Then, from
+`flags` on, what every run needs: its flags and command line, optimizer, ranks, device, folder,
+checkpoints, log. Left out on purpose: training loops, attention dropout, other families than GPT-2.
 
 Dimension key: B batch, K answers to a prompt, P prompt, R response, T columns, C channels, H heads,
 D head size, V vocabulary.
@@ -10,10 +11,12 @@ network once for all its answers. `pad` (B,) counts the padding tokens on the le
 real tokens only. What stands right of <|endoftext|> needs no mask here: attention is causal.
 """
 
+import argparse
 import copy
 import ctypes
 import importlib.util
 import json
+import linecache
 import math
 import os
 import pickle
@@ -21,26 +24,21 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:              # Windows: folders are not locked
-    fcntl = None
-
 # -----------------------------------------------------------------------------
 # GPT-2 (Radford et al. 2019)
-
 
 @dataclass
 class GPTConfig:
@@ -63,27 +61,12 @@ class Rollout(NamedTuple):
     ended: torch.Tensor          # (B, K) whether eos came within R
 
 
-def linear(x, weight, bias=None):
-    """F.linear; for few rows on a CPU, as in decoding, by W x^T, which takes half as long there."""
-    if (x.is_cuda or x.numel() > 64 * x.size(-1) or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()):
-        return F.linear(x, weight, bias)
-    y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
-    return y if bias is None else y + bias.to(y.dtype)
-
-
-class Linear(nn.Linear):
-
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
 class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
 
     def forward(self, x, mask, columns, cache=None):
@@ -104,8 +87,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         # the tanh form is what the weights were trained with; the exact one is 4.7e-4 off
@@ -140,7 +123,6 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.caches = {}                  # kept: fresh memory is slow, graphs want the same one
         self.low = None                   # blocks with matrices in autocast's dtype, for decoding
-        self.compiled = False
         self.init_weights()
 
     def init_weights(self):
@@ -177,7 +159,11 @@ class GPT(nn.Module):
         keys = columns
         if t is not None:
             columns, keys = P + R * columns + t, torch.arange(cache[0][0].size(2), device=x.device)
-        # which answer a column is of, -1 for the prompt, and where it would stand were that alone
+        #              sees:  prompt  answer 0  answer 1        # all of it
+        #   prompt              \         .         .           \ up to its own column
+        #   answer 0            #         \         .           . nothing
+        #   answer 1            #         .         \           and nobody the padding
+        # `answer` a column is of, -1 for the prompt; `place`, where it would stand were that alone
         answer = torch.where(keys < P, -1, (keys - P) // R)
         place = torch.where(keys < P, keys, P + (keys - P) % R)
         mask = (answer < 0) | (answer == answer[columns, None])              # (T, keys)
@@ -250,49 +236,24 @@ class GPT(nn.Module):
         alive = torch.ones((B, K), dtype=torch.bool, device=device)
         cache = self.cache(B, P + K * R)
         self.cast()
-        static = self.compiled or device.type == 'cuda'          # graphs want one shape
-        if static:
-            rows = slice(None)           # the prompts whose answers are not all over
-            x = self.hidden(self.embed(prompt), pad, P, R, cache)[:, -1:]
-        else:
-            rows = pad.argsort(stable=True)
-            pad = pad[rows]
-            x = self.prefill(prompt[rows], pad, R, cache)
-        x = x.expand(-1, K, -1)                                              # (B, K, C)
+        x = self.hidden(self.embed(prompt), pad, P, R, cache)[:, -1:].expand(-1, K, -1)
         for t in range(R):
             logits = self.head(x / temperature if temperature > 0 else x)    # (B, K, V)
             if temperature > 0:
                 if top_k is not None and top_k < logits.size(-1):
                     least = logits.topk(top_k).values[..., -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
-                # drawn for all rows, so that no row's depends on when others leave
-                token = self.pick(logits, uniform((B, *logits.shape[1:]), logits, rng)[rows])
+                token = self.pick(logits, uniform(logits.shape, logits, rng))
             else:
                 token = logits.argmax(-1)
             token = torch.where(alive, token, eos)                           # (B, K)
-            response[rows, :, t], mask[rows, :, t] = token, alive
+            response[:, :, t], mask[:, :, t] = token, alive
             alive = alive & (token != eos)
             # on CUDA the host waits for a look at `alive`: every eighth token is enough
             if t + 1 == R or ((device.type != 'cuda' or t % 8 == 7) and not alive.any()):
                 break
-            left = alive.any(1)
-            if not static and 2 * left.sum() <= len(left):
-                rows, token, pad, alive = (z[left] for z in (rows, token, pad, alive))
-                cache = [(keys[left], values[left]) for keys, values in cache]
             x = self.decode(token, pad, P, R, cache, torch.full((1,), t, device=device))
         return Rollout(response, mask, ((response == eos) & mask).any(-1))
-
-    def prefill(self, prompt, pad, R, cache):
-        """Trunk outputs (B, 1, C) at the end of prompts that are sorted by length: those of one
-        length run together, without their padding."""
-        x, row = [], 0
-        for skip, n in zip(*(z.tolist() for z in pad.unique_consecutive(return_counts=True))):
-            part = slice(row, row + n)
-            views = [(keys[part, :, skip:], values[part, :, skip:]) for keys, values in cache]
-            x.append(self.hidden(self.embed(prompt[part, skip:]), pad[part] - skip,
-                                 prompt.size(1) - skip, R, views)[:, -1:])
-            row += n
-        return torch.cat(x)
 
     def decode(self, token, pad, P, R, cache, t):
         """Trunk outputs (B, K, C) of tokens (B, K), number t (1,) of each answer."""
@@ -314,37 +275,35 @@ class GPT(nn.Module):
             return
         if not self.low:
             self.low = list(copy.deepcopy(self.h).requires_grad_(False).eval())
-            for m in (m for block in self.low for m in block.modules() if isinstance(m, Linear)):
+            for m in (m for block in self.low for m in block.modules() if isinstance(m, nn.Linear)):
                 m.to(torch.get_autocast_dtype(device))
         torch._foreach_copy_([p for block in self.low for p in block.parameters()],
                              list(self.h.parameters()))
 
     def cache(self, rows, columns):
-        """Keys and values of each layer, (rows, H, columns, D), kept in the three shapes that were
-        asked for last: an evaluation and a rollout take turns."""
+        """Keys and values of each layer, (rows, H, columns, D), kept in up to three shapes: an
+        evaluation and a rollout take turns."""
         c, weight = self.config, self.wte.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
         shape = rows, c.n_head, columns, c.n_embd // c.n_head
         key = shape, dtype, weight.device
-        cache = self.caches.pop(key, None)
-        if cache is None:
-            for old in list(self.caches)[:-2]:       # let go of it before the new one
-                del self.caches[old]
+        if key not in self.caches:
+            if len(self.caches) == 3:                # let go of them before there are new ones
+                self.caches.clear()
             # a tensor each, so that a compiled step writes in place instead of copying the cache;
             # CUDA graphs take that because the address is marked as static
             cache = [[torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2)]
                      for _ in range(c.n_layer)]
             for z in sum(cache, []):
                 torch._dynamo.mark_static_address(z, guard=False)
-        self.caches[key] = cache                     # as the last one
-        return cache
+            self.caches[key] = cache
+        return self.caches[key]
 
     def compile(self):
         """Compiles in place: each block (one graph serves all layers), on CUDA sampling and the
         decoding step too, the latter under CUDA graphs. Copy a model before, not after."""
-        self.compiled = True
         for block in self.h:
             block.compile()
         if self.wte.weight.is_cuda:
@@ -354,7 +313,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, source):
         """
-        A GPT from OpenAI's weights, ours or nanoGPT's.
+        A GPT, in eval mode, from OpenAI's weights, ours or nanoGPT's.
 
         source  gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded); a folder with
                 config.json and model.safetensors, in one file or in shards, or pytorch_model.bin;
@@ -373,7 +332,7 @@ class GPT(nn.Module):
         except (AttributeError, LookupError, RuntimeError, TypeError, ZeroDivisionError) as e:
             reason = ' '.join(ascii(str(e)).replace('\\n', ' ').replace('\\t', ' ').split())
             raise ValueError(f'{source} is not a whole GPT-2: {reason[:300]}') from e
-        return model
+        return model.eval()
 
     def save_pretrained(self, folder):
         """Writes config.json and model.safetensors: transformers.GPT2LMHeadModel opens them."""
@@ -390,10 +349,9 @@ class GPT(nn.Module):
 
 def linear_in_float32(x, weight, bias=None):
     """F.linear outside of autocast: GPT-2's logits are around -100, where bfloat16 has steps of
-    .5, and two passes over the same tokens would disagree. With TF32, as on CUDA, logits near -100
-    err by .01 to .02 (simulated)."""
+    .5, and two passes over the same tokens would disagree; TF32 errs by .01 to .02 (simulated)."""
     with torch.autocast(x.device.type, enabled=False):
-        return linear(x.to(weight.dtype), weight, bias)
+        return F.linear(x.to(weight.dtype), weight, bias)
 
 
 def uniform(shape, like, rng):
@@ -410,13 +368,9 @@ def exponential(uniform):
 # -----------------------------------------------------------------------------
 # discriminator
 
-
 class Discriminator(nn.Module):
-    """
-    A GPT-2 trunk and a scalar head: s_t is the score of (x, y_<=t), in logits.
-
-    trunk  a GPT to copy; the head starts at zero, so every score does
-    """
+    """A copy of a GPT-2 trunk and a scalar head: s_t is the score of (x, y_<=t), in logits; the
+    head starts at zero, so every score does."""
 
     def __init__(self, trunk, dropout=0.0):
         super().__init__()
@@ -454,8 +408,7 @@ HUB = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-me
        'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl',
        'distilgpt2': 'distilbert/distilgpt2'}
 TURNED = 'c_attn.weight', 'c_fc.weight', 'c_proj.weight'     # (in, out) there, (out, in) here
-HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25,      # by layers, channels
-         (6, 768): 12}
+HEADS = {(6, 768): 12, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # layers, C
 FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
          'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'bias': True}
 
@@ -542,6 +495,85 @@ def read_weights(path):
 
 
 # -----------------------------------------------------------------------------
+# flags and the command line of a script, from its Config
+
+def parse(argv, doc, Config, tiny, bounds, check):
+    """A Config from flags: their names, types, defaults and help are those of its fields. `bounds`
+    are (least, most) of the numbers that have others than 1, or 0 if not whole, and None, which is
+    no bound; `check` raises a ValueError where settings do not go together."""
+    source = ''.join(linecache.getlines(check.__code__.co_filename))         # '' if there is none
+    notes = dict(re.findall(r'^    (\w+): .*?  # +(.*)$', source, re.M))
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage='%(prog)s [--flag value ...]; %(prog)s --help lists them', allow_abbrev=False)
+    for f in fields(Config):
+        if f.type in (bool, Optional[bool]):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif get_args(f.type):
+            kind = dict(choices=get_args(f.type))
+        else:
+            kind = dict(type=f.type)
+        note = f'{notes.get(f.name, "")} (default: {f.default})'
+        parser.add_argument('--' + f.name, default=argparse.SUPPRESS, help=note, **kind)
+    given = vars(parser.parse_args(argv))
+    settings = dict(tiny) if given.get('tiny') else {}
+    if given.get('resume'):
+        settings = settings_to_resume({'out_dir': Config.out_dir, **given}, Config)
+    cfg = Config(**{**settings, **given})
+    for name, value in asdict(cfg).items():
+        if type(value) in (int, float):
+            least, most = bounds.get(name, (int(type(value) is int), None))
+            most = most or 2 ** 63 - 1
+            if not least <= value <= most:
+                raise ValueError(f'--{name} {value}: give a number from {least} to {most}')
+    if cfg.resume and cfg.overwrite:
+        raise ValueError('--resume with --overwrite: give one of them')
+    check(cfg)
+    return cfg
+
+
+def main(doc, Config, tiny, bounds, check, train, argv=None):
+    """The command line: a user's mistake is one sentence and exit code 1, a signal 128 + it."""
+    caught = catch_signals()
+    try:
+        train(parse(argv, doc, Config, tiny, bounds, check), caught)
+    except (ValueError, OSError, FloatingPointError) as e:
+        sys.exit(str(e))
+    except torch.OutOfMemoryError:
+        sys.exit(memory_full())
+    if caught:
+        sys.exit(128 + caught[0])
+
+
+def catch_signals():
+    """A list that SIGINT, SIGTERM or, unless it is ignored as under nohup, SIGHUP puts its number
+    into; another SIGINT or SIGTERM ends the process at once."""
+    caught, hangup = [], getattr(signal, 'SIGHUP', None)     # Windows has none
+
+    def catch(number, _):
+        if number == hangup:                         # no more terminal to write to; it comes twice
+            sys.stdout = sys.stderr = open(os.devnull, 'w')
+        elif caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    for number in signal.SIGINT, signal.SIGTERM, hangup:
+        if number != hangup or number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, catch)
+    return caught
+
+
+def load_generator(cfg, n_vocab):
+    """The generator that --init_from names, on the device."""
+    if cfg.init_from == 'scratch':
+        block_size = max(cfg.max_prompt + cfg.max_response, 2)
+        generator = GPT(GPTConfig(block_size, n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd))
+    else:
+        generator = GPT.from_pretrained(cfg.init_from)
+    return generator.to(cfg.device).eval()
+
+
+# -----------------------------------------------------------------------------
 # learning: optimizer, ranks
 
 GRAD_CLIP = 1.0                   # largest gradient norm, of each network
@@ -565,7 +597,7 @@ def schedule(step, steps):
 def update(network, optimizer, lr):
     """Sums the gradient over ranks, clips it, takes a step unless it is not finite; its norm."""
     for p in network.parameters():
-        if ranks()[1] > 1 and p.grad is not None:
+        if world() > 1 and p.grad is not None:
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), GRAD_CLIP)
     for group in optimizer.param_groups:
@@ -576,38 +608,47 @@ def update(network, optimizer, lr):
     return norm.item()
 
 
-def ranks():
-    """This rank of torchrun's and how many there are; (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank():
+    """This rank's number among those of torchrun; 0 without it."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def shard(index):
     """This rank's part of an array that is the same on all."""
-    rank, n = ranks()
-    return index[rank::n]
+    return index[rank()::world()]
 
 
 def all_sum(x):
-    """The sum over the ranks of a number or of a tensor, a new one without gradient; of one, x."""
-    if ranks()[1] == 1:
-        return x
-    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-    total = x.detach().clone() if torch.is_tensor(x) else torch.tensor(float(x), device=device)
-    dist.all_reduce(total)
-    return total if torch.is_tensor(x) else total.item()
+    """The sum of a tensor over the ranks, without gradient."""
+    total = x.detach().clone()
+    if world() > 1:
+        dist.all_reduce(total)
+    return total
 
 
 def gathered(*tensors):
     """Each tensor with the rows of all ranks, in their order, on the CPU."""
     tensors = [z.cpu() for z in tensors]
-    parts = [tensors] * ranks()[1]
+    parts = [tensors] * world()
     if len(parts) > 1:
         dist.all_gather_object(parts, tensors)
     return [torch.cat(z) for z in zip(*parts)]
 
 
+def signalled(caught):
+    """Whether a signal came on any of the ranks, which all ask at the same place."""
+    return bool(gathered(torch.tensor([bool(caught)]))[0].any())
+
+
 # -----------------------------------------------------------------------------
 # a run: checkpoints of tensors and plain values only, device, folder, log
+
+FORMAT = 1                        # of a run's checkpoints; raised when what it goes on from changes
 
 
 def save_checkpoint(path, state):
@@ -642,26 +683,29 @@ def load_checkpoint(path):
         raise ValueError(f'{path} is not a readable checkpoint (truncated?): use another') from e
 
 
-def settings_to_resume(given, known):
-    """Settings of the run in given['out_dir']; raises a ValueError if it cannot go on, as a script
-    whose settings are `known`, or with the flags given."""
-    out = Path(given['out_dir'])
-    file = next((f for f in (out / 'ckpt.pt', out / 'sft.pt') if f.exists()), None)
+def last_checkpoint(out_dir):
+    """The file that a run in out_dir is resumed from; None if there is none."""
+    files = [Path(out_dir) / name for name in ('ckpt.pt', 'sft.pt')]
+    return next((file for file in files if file.exists()), None)
+
+
+def settings_to_resume(given, Config):
+    """Settings of the run in given['out_dir']; raises a ValueError if it cannot go on by the script
+    of the Config, or with the flags given."""
+    file = last_checkpoint(given['out_dir'])
     if file is None:
-        raise ValueError(f'--resume: {out} holds no checkpoint: run without --resume, or give the '
-                         '--out_dir of a run')
-    fixed = 'data context max_prompt max_response n_layer n_head n_embd sft_iters control'.split()
-    fixed, saved = [name for name in fixed if name in known], load_checkpoint(file)
-    settings = saved.get('settings') if isinstance(saved, dict) else None
-    if not isinstance(settings, dict) or {*fixed} - settings.keys():
-        raise ValueError(f'--resume: {file} is of no run: give another --out_dir')
-    if 'start' not in saved.get('running', ['start']):       # counted its steps from iteration 0
-        raise ValueError(f'--resume: {file} is of an older version: start another run')
-    if settings.keys() - known:
-        raise ValueError(f'--resume: {file} is of another script, which has --'
-                         f'{min(settings.keys() - known)}: give the --out_dir of a run of this one')
-    for name in fixed:
-        if given.get(name, settings[name]) != settings[name]:
+        raise ValueError(f'--resume: {given["out_dir"]} holds no checkpoint: run without --resume, '
+                         'or give the --out_dir of a run')
+    saved = load_checkpoint(file)
+    if not isinstance(saved, dict) or saved.get('format') != FORMAT:
+        raise ValueError(f'--resume: {file} is of no run, or of one by another version: start one, '
+                         'or give another --out_dir')
+    settings = saved['settings']
+    if saved['script'] != Config.script or settings.keys() - Config.__dataclass_fields__.keys():
+        raise ValueError(f'--resume: {file} is of another script, {saved["script"]}.py: give the '
+                         '--out_dir of a run of this one')
+    for name in 'data context max_prompt max_response n_layer n_head n_embd sft_iters'.split():
+        if name in given and given[name] != settings[name]:
             raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
                              'leave it, or start another')
     return settings
@@ -699,18 +743,17 @@ def open_device(cfg):
     torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
     # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
     torch._dynamo.config.recompile_limit = 64
-    n_ranks = ranks()[1]
     for name in 'batch_size', 'sft_batch_size', 'minibatch':
-        if getattr(cfg, name, 0) % n_ranks:
-            raise ValueError(f'--{name} {getattr(cfg, name)} cannot be shared by {n_ranks} ranks: '
+        if getattr(cfg, name, 0) % world():
+            raise ValueError(f'--{name} {getattr(cfg, name)} cannot be shared by {world()} ranks: '
                              'give a multiple')
     return given
 
 
 def keep_freed_memory(keep=True):
-    """Has glibc's malloc keep freed memory for the next large tensor: on a CPU, much of a step's
-    time goes into the kernel's clearing of fresh pages. With False, gives back what was kept, which
-    comes to lie in pieces too small for a large tensor and in time would double the memory."""
+    """Has glibc's malloc keep freed memory for the next large tensor: on a CPU, clearing fresh
+    pages takes half of a step. With False, gives back what was kept, which comes to lie in pieces
+    too small for a large tensor and in time would double the memory."""
     try:
         libc = ctypes.CDLL(None)
         settings = [('mallopt', -4, 0), ('mallopt', -1, -1)]     # M_MMAP_MAX, M_TRIM_THRESHOLD
@@ -723,8 +766,9 @@ def keep_freed_memory(keep=True):
 def open_folder(cfg):
     """Makes out_dir, unless it holds a run, and returns it and its lock, which holds while it is
     kept. Rank 0 writes and prints for all. Raises a ValueError naming the flag, or an OSError."""
-    out, lock = Path(cfg.out_dir), None
-    if ranks()[0]:
+    out = Path(cfg.out_dir)
+    lock = FileLock(out / 'lock', timeout=0)
+    if rank():
         sys.stdout = open(os.devnull, 'w')
     else:
         old = [name for name in ('ckpt.pt', 'sft.pt', 'metrics.jsonl') if (out / name).exists()]
@@ -732,16 +776,13 @@ def open_folder(cfg):
             raise ValueError(f'--out_dir {out} holds a run ({old[0]}): give --resume, --overwrite '
                              'or another --out_dir')
         out.mkdir(parents=True, exist_ok=True)
-        if fcntl:
-            lock = open(out / 'lock', 'w')
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise ValueError(f'--out_dir {out} is in use by another run: give another') from e
-            except OSError as e:                     # some network file systems
-                print(f'{out} cannot be locked ({e.strerror}): start no other run in it',
-                      file=sys.stderr)
-    all_sum(0)                                       # the others wait for the folder
+        try:
+            lock.acquire()
+        except Timeout as e:
+            raise ValueError(f'--out_dir {out} is in use by another run: give another') from e
+        except (OSError, NotImplementedError) as e:  # some network file systems have no locks
+            print(f'{out} cannot be locked ({e}): start no other run in it', file=sys.stderr)
+    signalled(())                                    # the others wait for the folder
     return out, lock
 
 
@@ -749,24 +790,6 @@ def memory_full():
     """The sentence for a torch.OutOfMemoryError."""
     peak = torch.cuda.max_memory_allocated() / 2 ** 30
     return f'CUDA is out of memory at {peak:.1f} GiB: lower --micro_batch, then --batch_size'
-
-
-def catch_signals():
-    """A list that SIGINT, SIGTERM or, unless it is ignored as under nohup, SIGHUP puts its number
-    into; another SIGINT or SIGTERM ends the process at once."""
-    caught, hangup = [], getattr(signal, 'SIGHUP', None)     # Windows has none
-
-    def catch(number, _):
-        if number == hangup:                         # no more terminal to write to; it comes twice
-            sys.stdout = sys.stderr = open(os.devnull, 'w')
-        elif caught:
-            os._exit(128 + number)
-        caught.append(number)
-
-    for number in signal.SIGINT, signal.SIGTERM, hangup:
-        if number != hangup or number and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, catch)
-    return caught
 
 
 def autocast(cfg):
@@ -783,7 +806,7 @@ class Log:
     """
 
     def __init__(self, out, cfg, given, size=0):
-        self.path, self.writes = out / 'metrics.jsonl', not ranks()[0]
+        self.path, self.writes, self.script = out / 'metrics.jsonl', not rank(), cfg.script
         self.settings = {**asdict(cfg), **given, 'resume': False, 'overwrite': False}
         self.cuda, self.seconds, self.start = cfg.device.startswith('cuda'), {}, 0.0
         if self.writes and size and self.path.exists():
@@ -801,12 +824,11 @@ class Log:
         return self.path.stat().st_size if self.writes else 0
 
     def lap(self, station=None):
-        """Notes in `seconds` what passed since the last lap, as the station's; waits for a GPU."""
+        """Notes in `seconds` what passed since the last lap, as the station's; else begins anew."""
         if self.cuda:
             torch.cuda.synchronize()
         now = time.perf_counter()
-        if station:
-            self.seconds[station] = now - self.start
+        self.seconds = self.seconds | {station: now - self.start} if station else {}
         self.start = now
 
     def __call__(self, record):
@@ -837,10 +859,12 @@ class Log:
 
 
 def save(path, generator, log, **more):
-    """Rank 0's checkpoint, which GPT.from_pretrained reads; with the settings, how much of the log
-    it knows of, and what else is given. A time to give back freed memory, too."""
+    """Rank 0's checkpoint, which GPT.from_pretrained reads; `more` is values, and modules and
+    optimizers for their states. A time to give back freed memory, too."""
     keep_freed_memory(False)
-    if not ranks()[0]:
-        save_checkpoint(path, {'model': generator.state_dict(), 'settings': log.settings,
-                               'gpt_config': asdict(generator.config), 'log_size': log.size(),
-                               **more})
+    if not rank():
+        more = {k: z.state_dict() if hasattr(z, 'state_dict') else z for k, z in more.items()}
+        save_checkpoint(path, {
+            'format': FORMAT, 'script': log.script, 'settings': log.settings,
+            'model': generator.state_dict(), 'gpt_config': asdict(generator.config),
+            'log_size': log.size(), **more})

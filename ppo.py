@@ -13,13 +13,9 @@ $ python ppo.py --tiny             a toy, on a CPU, in minutes
 Left out on purpose: discounting (answers are short), a critic that shares the policy's trunk.
 """
 
-import argparse
 import copy
-import inspect
-import re
-import sys
-from dataclasses import asdict, dataclass, fields
-from typing import Literal, Optional, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +23,16 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import (GPT, Discriminator, GPTConfig, Log, adamw, all_sum, autocast, catch_signals,
-                   gathered, hold_last, linear_in_float32, load_checkpoint, memory_full,
-                   open_device, open_folder, ranks, save, schedule, settings_to_resume, shard,
-                   update)
+from model import (Discriminator, Log, adamw, all_sum, autocast, gathered, hold_last,
+                   last_checkpoint, linear_in_float32, load_checkpoint, load_generator, main,
+                   open_device, open_folder, rank, save, schedule, shard, signalled, update, world)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
 
-
 @dataclass
 class Config:
+    script = 'ppo'                   # no flag: a checkpoint's, which no other script resumes
     # i/o
     out_dir: str = 'out/ppo'         # where checkpoints, metrics, curves and samples go
     seed: int = 1                    # of new weights, the order of examples, the sampling noise
@@ -80,7 +75,6 @@ class Config:
     d_warmup_acc: float = 0.75       # or until the running pair accuracy is there; 1: never
     d_max_acc: float = 0.85          # it rests while the running pair accuracy is above; 1: never
     d_dropout: float = 0.1           # in its own step only
-    # reward
     reward: Literal['margin', 'score', 'none'] = 'margin'  # over the gold answer's, or the score
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
@@ -96,65 +90,20 @@ TINY = dict(
     device='cpu', sft_iters=90, sft_batch_size=64, sft_lr=4e-3, iters=300, batch_size=128,
     samples=2, micro_batch=128, beta=0.01, anchor=4.0, lr=4e-3, d_lr=2e-3,
     d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
-    minibatch=64, critic_lr=4e-3, pretrain=.7,
-)
-FROM_0 = 'seed', 'sft_iters', 'iters', 'd_warmup_iters'     # other whole numbers are from 1
-BOUNDS = dict(d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9),
+    minibatch=64, critic_lr=4e-3, pretrain=.7)
+BOUNDS = dict(seed=(0, None), sft_iters=(0, None), iters=(0, None), d_warmup_iters=(0, None),
+              d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9),
               clip=(.001, 1e9), lam=(0, 1))
-NO_EOS_REWARD = -1.0                 # of an answer that does not end
-APPROX_KL = .02                      # a rollout is left when pi is so far from pi_old, nats a token
-PASSAGES = 16                        # of an update
-
-
-def parse(argv=None):
-    """A Config from flags: their names, types, defaults and help are those of its fields."""
-    notes = dict(re.findall(r'^    (\w+):.*?  # +(.*)$', inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage='%(prog)s [--flag value ...]; %(prog)s --help lists them', allow_abbrev=False)
-    for f in fields(Config):
-        if f.type in (bool, Optional[bool]):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif get_args(f.type):
-            kind = dict(choices=get_args(f.type))
-        else:
-            kind = dict(type=f.type)
-        parser.add_argument('--' + f.name, default=argparse.SUPPRESS,
-                            help=f'{notes[f.name]} (default: {f.default})', **kind)
-    given = vars(parser.parse_args(argv))
-    settings = dict(TINY) if given.get('tiny') else {}
-    if given.get('resume'):
-        given.setdefault('out_dir', Config.out_dir)
-        settings = settings_to_resume(given, Config.__dataclass_fields__.keys())
-    cfg = Config(**{**settings, **given})
-    check(cfg)
-    return cfg
 
 
 def check(cfg):
     """Raises a ValueError naming the flag, its value and the remedy."""
-    for name, value in asdict(cfg).items():
-        if type(value) in (int, float):
-            from_1 = type(value) is int and name not in FROM_0
-            least, most = BOUNDS.get(name, (int(from_1), 2 ** 63 - 1))
-            if not least <= value <= most:
-                raise ValueError(f'--{name} {value}: give a number from {least} to {most}')
-    if cfg.resume and cfg.overwrite:
-        raise ValueError('--resume with --overwrite: give one of them')
-    check_approach(cfg)
-
-
-def check_approach(cfg):
-    """Like `check`, of what is PPO's alone."""
     if cfg.minibatch > cfg.batch_size:
-        raise ValueError(f'--minibatch {cfg.minibatch} exceeds the rollout, --batch_size '
-                         f'{cfg.batch_size}: lower it')
-
+        raise ValueError(f'--minibatch {cfg.minibatch}: give at most --batch_size {cfg.batch_size}')
 
 
 # -----------------------------------------------------------------------------
 # losses: functions of tensors
-
 
 def discriminator_loss(real, fake, kind):
     """
@@ -179,7 +128,9 @@ def compared(response, mask, gold, gold_mask, prefixes):
     differ = (response != gold[:, None]).cumsum(-1) > 0
     if prefixes:
         return differ & (mask | gold_mask[:, None])
-    return F.pad(differ[..., -1:], (differ.size(-1) - 1, 0))
+    whole = torch.zeros_like(differ)
+    whole[..., -1] = differ[..., -1]
+    return whole
 
 
 def gae(rewards, values, mask, lam):
@@ -229,16 +180,11 @@ def value_loss(values, old_values, returns, mask, clip):
 # -----------------------------------------------------------------------------
 # scores and rewards
 
-
-def beside_gold(batch, roll):
-    """The gold answer and, after it, the samples of each prompt: ids and mask (B, 1 + K, R)."""
-    return (torch.cat((batch.response[:, None], roll.response), 1),
-            torch.cat((batch.mask[:, None], roll.mask), 1))
-
-
-def score(discriminator, batch, response, mask, cfg):
-    """Scores s_t, logits, of N answers to each prompt, (B, N, R) ids or (B, N, R, V) one-hots:
-    (B, N, R), where an answer that is over keeps its last."""
+def score(discriminator, batch, roll, cfg):
+    """Scores s_t, logits, of the gold answer and, after it, the samples of each prompt:
+    (B, 1 + K, R), where an answer that is over keeps its last."""
+    response = torch.cat((batch.response[:, None], roll.response), 1)
+    mask = torch.cat((batch.mask[:, None], roll.mask), 1)
     with autocast(cfg):
         return hold_last(discriminator(batch.prompt, batch.pad, response), mask)
 
@@ -255,21 +201,20 @@ def reward(discriminator, batch, roll, cfg):
     none    0: what is left is the KL penalty and the anchor
     Whichever it is, an answer that does not end gets -1.
     """
-    scores = torch.cat([score(discriminator, part, *beside_gold(part, r), cfg)
+    scores = torch.cat([score(discriminator, part, r, cfg)
                         for part, r in data.parts(cfg.micro_batch, batch, roll)])
     gold, scores = scores[:, :1], scores[:, 1:]                              # (B, 1, R), (B, K, R)
     if not cfg.d_prefixes:
         gold = gold[..., -1:]
     values = {'margin': ((scores - gold) / 2).tanh(), 'score': scores,
               'none': torch.zeros_like(scores)}[cfg.reward]
-    values = torch.where(roll.ended[..., None], values, NO_EOS_REWARD)
+    values = torch.where(roll.ended[..., None], values, -1.0)
     last = roll.mask & ~F.pad(roll.mask[..., 1:], (0, 1))
-    return values * last, all_sum(scores[..., -1].mean()).item() / ranks()[1]
+    return values * last, all_sum(scores[..., -1].mean()).item() / world()
 
 
 # -----------------------------------------------------------------------------
 # training
-
 
 def mle_gradient(generator, batch, weight, cfg):
     """Adds the gradient of weight x -log pi of a Batch's gold answers with their eos, in
@@ -284,11 +229,11 @@ def mle_gradient(generator, batch, weight, cfg):
     return all_sum(total).item()
 
 
-def mle_step(generator, optimizer, train_set, stream, step, steps, cfg):
-    """MLE update number `step` of `steps`; dict: mle, the loss in nats per token, mle_norm, lr. The
-    stream of batches: 0 a warm start's; 1 is the rollouts', 2 the passages', 3 a control's."""
-    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, stream), step)
-    lr = cfg.sft_lr * schedule(step, steps)
+def mle_step(generator, optimizer, train_set, step, cfg):
+    """Update number `step` of the warm start; dict: mle, the loss in nats per token, mle_norm, lr.
+    Its stream of batches is number 0, that of the rollouts 1, that of ppo.py's passages 2."""
+    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
+    lr = cfg.sft_lr * schedule(step, cfg.sft_iters)
     loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
 
@@ -300,15 +245,15 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
     learn    False to measure only
     returns  dict: d_loss in nats per prefix, d_norm, d_acc (None if all tie), tie_rate
     """
-    where = compared(*roll[:2], *batch[2:], cfg.d_prefixes)                  # (B, K, R)
-    n, n_pairs = where[..., 0].numel() * ranks()[1], all_sum(where.any(-1).sum()).item()
+    where = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes)
+    n, n_pairs = roll.ended.numel() * world(), all_sum(where.any(-1).sum()).item()
     n_places = max(all_sum(where.sum()).item(), 1)
     learn = learn and n_pairs > 0
     discriminator.train(learn)
     sums = torch.zeros(2, device=where.device)
     for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
         with torch.set_grad_enabled(learn):
-            scores = score(discriminator, part, *beside_gold(part, r), cfg)  # (b, 1 + K, R)
+            scores = score(discriminator, part, r, cfg)                      # (b, 1 + K, R)
             real, fake = scores[:, :1], scores[:, 1:]
             loss = (discriminator_loss(real, fake, cfg.d_loss) * w).sum() / n_places
         if learn:
@@ -322,6 +267,10 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
             'd_acc': n_right / n_pairs if n_pairs else None, 'tie_rate': 1 - n_pairs / n}
 
 
+PASSAGES = 16                        # of an update
+APPROX_KL = .02                      # a rollout is left when pi is so far from pi_old, nats a token
+
+
 class Critic(Discriminator):
     """V(x, y_<t), the return to expect before token t, by a network like the discriminator."""
 
@@ -331,120 +280,116 @@ class Critic(Discriminator):
         return linear_in_float32(x, self.score.weight, self.score.bias)[..., 0]
 
 
+class Past(NamedTuple):
+    """A rollout as it was before its first update: (B, K, R) each, without gradient."""
+    response: torch.Tensor       # ids
+    mask: torch.Tensor           # True up to and including eos
+    logprobs: torch.Tensor       # of the policy that sampled, nats
+    values: torch.Tensor         # of the critic
+    advantages: torch.Tensor     # of the policy, centred
+    returns: torch.Tensor        # the critic's target
+
+
 @torch.no_grad()
-def look_back(generator, reference, critic, batch, roll, cfg):
-    """Log-probs, the reference's, values and entropies (B, K, R) before the first update, in the
-    updates' micro-batches, so that the first ratio is 1 but for rounding in bfloat16."""
+def look_back(generator, reference, critic, batch, roll, rewards, cfg):
+    """
+    What the updates on a rollout look back at, in their own micro-batches, so that the first ratio
+    is 1 but for rounding in bfloat16.
+
+    rewards  (B, K, R) of the discriminator; the KL penalty is taken off here
+    returns  a Past; dict: kl and entropy, nats per token
+    """
     kept = []
     for part, r in data.parts(cfg.micro_batch, batch, roll):
-        answers = part.prompt, part.pad, r.response
+        answers = part.prompt, part.pad, r.response, cfg.temperature
         with autocast(cfg):
-            logprobs, entropy = generator.response_logprobs(*answers, cfg.temperature,
-                                                            entropy=True)
-            ref_logprobs, _ = reference.response_logprobs(*answers, cfg.temperature)
-            kept.append((logprobs, ref_logprobs, critic(*answers), entropy))
-    return [torch.cat(z) for z in zip(*kept)]
+            logprobs, entropy = generator.response_logprobs(*answers, entropy=True)
+            ref_logprobs, _ = reference.response_logprobs(*answers)
+            values = critic(part.prompt, part.pad, r.response)
+        kept.append((logprobs, ref_logprobs, values, entropy))
+    logprobs, ref_logprobs, values, entropy = (torch.cat(z) for z in zip(*kept))
+    # k1 of Schulman 2020, whose mean is the KL; k3 explodes where pi is far below the reference
+    log_ratio = (logprobs - ref_logprobs) * roll.mask
+    advantages, returns = gae(rewards - cfg.beta * log_ratio, values, roll.mask, cfg.lam)
+    sums = torch.stack((log_ratio.sum(), (entropy * roll.mask).sum(), roll.mask.sum()))
+    kl, entropy, tokens = all_sum(sums).tolist()
+    return Past(roll.response, roll.mask, logprobs, values, centre(advantages, roll.mask),
+                returns), {'kl': kl / tokens, 'entropy': entropy / tokens}
 
 
-def ppo_update(generator, critic, optimizers, batch, roll, past, passages, lrs, cfg):
-    """
-    One update of policy and critic on a minibatch, in micro-batches.
-
-    past      log-probs, values, advantages and returns of the rollout, each (B, K, R)
-    passages  a Batch for the pretraining term; None for none
-    returns   dict: g_loss, v_loss, approx_kl, mle, pretrain, g_norm, v_norm
-    """
-    n_tokens = all_sum(roll.mask.sum())
-    sums = torch.zeros(3, device=roll.mask.device)
-    for part, r, *old in data.parts(cfg.micro_batch, batch, roll, *past):
-        old_logprobs, old_values, advantages, returns = old
-        answers = part.prompt, part.pad, r.response
+def ppo_gradient(generator, critic, batch, past, cfg):
+    """Adds a minibatch's gradients of policy and critic; dict: g_loss, v_loss, approx_kl, mle."""
+    n_tokens, sums = all_sum(past.mask.sum()), torch.zeros(3, device=past.mask.device)
+    for part, old in data.parts(cfg.micro_batch, batch, past):
+        answers = part.prompt, part.pad, old.response
         with autocast(cfg):
             logprobs, _ = generator.response_logprobs(*answers, cfg.temperature)
-        g_loss = clipped_policy_loss(logprobs, old_logprobs, advantages, r.mask,
+        g_loss = clipped_policy_loss(logprobs, old.logprobs, old.advantages, old.mask,
                                      cfg.clip) / n_tokens
         g_loss.backward()
         with autocast(cfg):
             values = critic(*answers)
-        v_loss = value_loss(values, old_values, returns, r.mask, cfg.clip) / n_tokens
+        v_loss = value_loss(values, old.values, old.returns, old.mask, cfg.clip) / n_tokens
         v_loss.backward()
-        log_ratio = (logprobs.detach() - old_logprobs) * r.mask
+        log_ratio = (logprobs.detach() - old.logprobs) * old.mask
         approx_kl = (log_ratio.expm1() - log_ratio).sum() / n_tokens         # k3, Schulman 2020
         sums += torch.stack((g_loss.detach(), v_loss.detach(), approx_kl))
     figures = dict(zip(('g_loss', 'v_loss', 'approx_kl'), all_sum(sums).tolist()))
     if cfg.anchor:
         figures['mle'] = mle_gradient(generator, batch, cfg.anchor, cfg)
-    if passages is not None:
-        figures['pretrain'] = mle_gradient(generator, passages, cfg.pretrain, cfg)
-    figures['g_norm'] = update(generator, optimizers[0], lrs[0])
-    figures['v_norm'] = update(critic, optimizers[1], lrs[1])
     return figures
 
 
-def ppo_step(generator, reference, critic, optimizers, batch, roll, rewards, passages, running, lrs,
-             cfg):
+def ppo_step(generator, critic, optimizers, batch, past, passages, running, share, cfg):
     """
     Epochs of minibatch updates on one rollout, left early once pi is too far from pi_old.
 
-    rewards   (B, K, R) of the discriminator; the KL penalty is taken off here
     passages  (N, T) ids; each update takes its own by the count in running; None for none
-    returns   dict: the means of ppo_update's figures, kl and entropy (nats per token), updates
+    share     of the peak learning rates
+    returns   dict: means over the updates of g_loss, v_loss, approx_kl, mle, pretrain (nats per
+              token), g_norm and v_norm; updates, their number
     """
-    logprobs, ref_logprobs, values, entropy = look_back(generator, reference, critic, batch, roll,
-                                                        cfg)
-    mask, log_ratio = roll.mask, (logprobs - ref_logprobs) * roll.mask
-    advantages, returns = gae(rewards - cfg.beta * log_ratio, values, mask, cfg.lam)
-    past = logprobs, values, centre(advantages, mask), returns
-    # k1 of Schulman 2020, whose mean is the KL; k3 explodes where pi is far below the reference
-    kl, entropy = (all_sum((z * mask).sum()).item() / all_sum(mask.sum()).item()
-                   for z in (log_ratio, entropy))
     minibatches = [rows for _ in range(cfg.epochs)
-                   for rows in torch.randperm(len(mask)).split(cfg.minibatch // ranks()[1])]
-    figures = []
+                   for rows in torch.randperm(len(past.mask)).split(cfg.minibatch // world())]
+    updates = []
     for rows in minibatches:
-        drawn = None
+        part, old = (data.take(z, rows.to(past.mask.device)) for z in (batch, past))
+        figures = ppo_gradient(generator, critic, part, old, cfg)
         if passages is not None:
             index = data.order(len(passages), PASSAGES, (cfg.seed, 2), running['updates'])
             drawn = data.passage_batch(passages[shard(index)], cfg.device)
-        part, r, *old = (data.take(z, rows.to(mask.device)) for z in (batch, roll, *past))
-        figures.append(ppo_update(generator, critic, optimizers, part, r, old, drawn, lrs, cfg))
+            figures['pretrain'] = mle_gradient(generator, drawn, cfg.pretrain, cfg)
+        figures['g_norm'] = update(generator, optimizers[0], cfg.lr * share)
+        figures['v_norm'] = update(critic, optimizers[1], cfg.critic_lr * share)
+        updates.append(figures)
         running['updates'] += 1
-        if figures[-1]['approx_kl'] > APPROX_KL:
+        if figures['approx_kl'] > APPROX_KL:
             break
-    record = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
-    return record | {'kl': kl, 'entropy': entropy, 'updates': len(figures)}
+    means = {name: sum(f[name] for f in updates) / len(updates) for name in updates[0]}
+    return means | {'updates': len(updates)}
 
 
-def load_generator(cfg, enc):
-    """The generator that --init_from names, on the device."""
-    if cfg.init_from == 'scratch':
-        generator = GPT(GPTConfig(max(cfg.max_prompt + cfg.max_response, 2), enc.n_vocab,
-                                  cfg.n_layer, cfg.n_head, cfg.n_embd))
-    else:
-        generator = GPT.from_pretrained(cfg.init_from)
-    data.check_fit(generator.config, enc, cfg)
-    return generator.to(cfg.device).eval()
-
-
-def warm_start(generator, train_set, stream, out, log, caught, cfg):
+def warm_start(generator, train_set, out, log, caught, cfg):
     """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
     path, optimizer, start = out / 'sft.pt', adamw(generator), 0
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
         generator.load_state_dict(saved['model'])
         start = saved['sft_iter']
-        if start < cfg.sft_iters:
-            optimizer.load_state_dict(saved['optimizer'])
-    for step in tqdm(range(start, cfg.sft_iters + 1), 'warm start', disable=None):
-        stop, over = all_sum(bool(caught)) > 0, step == cfg.sft_iters
-        if stop or over or step % cfg.eval_interval == 0:
-            save(path, generator, log, sft_iter=step,
-                 optimizer=None if over else optimizer.state_dict())
+        if start == cfg.sft_iters:
+            return True
+        optimizer.load_state_dict(saved['optimizer'])
+    for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
+        stop = signalled(caught)
+        if stop or step % cfg.eval_interval == 0:
+            save(path, generator, log, sft_iter=step, optimizer=optimizer)
         if stop:
             return False
-        if not over:
-            log({'sft_iter': step, **mle_step(generator, optimizer, train_set, stream, step,
-                                              cfg.sft_iters, cfg)})
+        log.lap()
+        record = {'sft_iter': step, **mle_step(generator, optimizer, train_set, step, cfg)}
+        log.lap('warm start')
+        log({**record, 'seconds': log.seconds})
+    save(path, generator, log, sft_iter=cfg.sft_iters, optimizer=None)
     return True
 
 
@@ -459,71 +404,65 @@ def train(cfg, caught=()):
     # setup
     given = open_device(cfg)
     out, lock = open_folder(cfg)                     # the lock holds as long as it is kept
-    rank = ranks()[0]
     torch.manual_seed(cfg.seed)
     # data and models
     enc, train_set, dev_set = data.load(cfg)
-    generator = load_generator(cfg, enc)
+    generator = load_generator(cfg, enc.n_vocab)
+    data.check_fit(generator.config, enc, cfg)
     passages = data.load_passages(train_set.examples, enc, cfg.max_prompt + cfg.max_response
                                   ) if cfg.pretrain else None
     reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
     if cfg.compile:
         generator.compile()
     # warm start
-    files = [out / 'ckpt.pt', out / 'sft.pt'] if cfg.resume else []
-    saved = next((load_checkpoint(file) for file in files if file.exists()), {})
-    log = Log(out, cfg, given, saved.get('log_size', 0))
-    if not warm_start(generator, train_set, 0, out, log, caught, cfg):
+    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {'log_size': 0}
+    log = Log(out, cfg, given, saved['log_size'])
+    if not warm_start(generator, train_set, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     critic = Critic(generator).to(cfg.device).eval()
-    optimizer, d_optimizer = adamw(generator), adamw(discriminator)
-    critic_optimizer = adamw(critic)
+    optimizer, d_optimizer, critic_optimizer = map(adamw, (generator, discriminator, critic))
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer,
                     critic=critic, critic_optimizer=critic_optimizer)
-    running = {'d_acc': .5, 'start': None, 'sick': 0, 'updates': 0}          # d_acc: chance
+    start, running = 0, {'d_acc': .5, 'start': None, 'sick': 0, 'updates': 0}  # d_acc: chance
     # resume
-    if 'running' in saved:
+    if 'running' in saved:                           # beyond the warm start
+        start, running = saved['iter'], saved['running']
         generator.load_state_dict(saved['model'])
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
-        running = saved['running']
     if cfg.compile:
         for network in reference, discriminator.trunk, critic.trunk:
             network.compile()
 
-    for it in tqdm(range(saved.get('iter', 0), cfg.iters + 1), 'iterations', disable=None):
+    for it in tqdm(range(start, cfg.iters), 'iterations', disable=None):
         # evaluate and checkpoint
-        due = it % cfg.eval_interval == 0 or it == cfg.iters
-        stop = all_sum(bool(caught)) > 0
-        if stop or it == cfg.iters or (due and not running['sick']):
-            save(out / 'ckpt.pt', generator, log, iter=it, running=running,
-                 **{name: part.state_dict() for name, part in stateful.items()})
-        if due and rank == 0:
-            figures, _ = sample.evaluate_run(generator, discriminator, dev_set, enc, cfg)
-            log({'iter': it, 'dev': figures})
-            sample.draw({'this run': [sample.read_run(out)]}, out / 'curves.png')
+        due, stop = it % cfg.eval_interval == 0, signalled(caught)
+        if stop or (due and not running['sick']):
+            save(out / 'ckpt.pt', generator, log, iter=it, running=running, **stateful)
         if stop:
             return None
-        if it == cfg.iters:
-            break
+        if due and rank() == 0:
+            sample.report(it, generator, discriminator, dev_set, enc, out, log, cfg)
 
         # rollout
         log.lap()
-        # of dropout and of sampling, so that a resumed run draws the same
-        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank)
-        rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank)
+        # seeds of dropout and of sampling, so that a resumed run draws the same
+        torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank())
+        rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank())
         index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
         batch = train_set.batch(shard(index), cfg.device)
         with autocast(cfg):
             roll = generator.generate(batch.prompt, batch.pad, cfg.max_response, dev_set.eos,
                                       cfg.samples, cfg.temperature, rng=rng)
-        record = {'iter': it, **data.health(*gathered(*roll, *batch[2:]))}
+        record = {'iter': it, **data.health(*gathered(*roll, batch.response, batch.mask))}
         running['sick'] = running['sick'] + 1 if record.pop('sick') else 0
         log.lap('rollout')
 
         # discriminator step
+        # the generator moves once the discriminator's head start is over, and then for good; the
+        # discriminator learns in its head start, and later where it does not win too easily
         moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         learn = not moving or running['d_acc'] <= cfg.d_max_acc
@@ -536,16 +475,14 @@ def train(cfg, caught=()):
         # generator step
         rewards, record['reward'] = reward(discriminator, batch, roll, cfg)
         if moving:
-            if running['start'] is None:             # the discriminator's trunk knows prefixes
+            if running['start'] is None:
                 running['start'] = it
-                critic.load_state_dict(discriminator.state_dict())
-                torch.nn.init.zeros_(critic.score.weight)
-                torch.nn.init.zeros_(critic.score.bias)
+                critic.trunk.load_state_dict(discriminator.trunk.state_dict())   # its head is at 0
             share = schedule(it - running['start'], cfg.iters - running['start'])
-            record['lr'] = cfg.lr * share
-            record |= ppo_step(generator, reference, critic, (optimizer, critic_optimizer), batch,
-                               roll, rewards, passages, running,
-                               (record['lr'], cfg.critic_lr * share), cfg)
+            past, figures = look_back(generator, reference, critic, batch, roll, rewards, cfg)
+            record |= {'lr': cfg.lr * share, **figures}
+            record |= ppo_step(generator, critic, (optimizer, critic_optimizer), batch, past,
+                               passages, running, share, cfg)
         log.lap('generator')
 
         # log
@@ -553,26 +490,11 @@ def train(cfg, caught=()):
         if running['sick'] > 20:                     # iterations in a row
             log.collapsed(it, data.to_text(roll.response[:, 0], roll.mask[:, 0], enc))
 
-    if rank:
+    save(out / 'ckpt.pt', generator, log, iter=cfg.iters, running=running, **stateful)
+    if rank():
         return None
-    figures = sample.finish({'warm start': reference, 'tuned': generator}, discriminator, dev_set,
-                            enc, out, cfg)
-    log({'final': figures})
-    return figures
-
-
-def main(argv=None):
-    """The command line: a user's mistake is one sentence and exit code 1, a signal 128 + it."""
-    caught = catch_signals()
-    try:
-        train(parse(argv), caught)
-    except (ValueError, OSError, FloatingPointError) as e:
-        sys.exit(str(e))
-    except torch.OutOfMemoryError:
-        sys.exit(memory_full())
-    if caught:
-        sys.exit(128 + caught[0])
+    return sample.finish(reference, generator, discriminator, dev_set, enc, out, log, cfg)
 
 
 if __name__ == '__main__':
-    main()
+    main(__doc__, Config, TINY, BOUNDS, check, train)
