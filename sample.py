@@ -12,9 +12,7 @@ one thing. A run is its folder or its metrics.jsonl.
 
 import argparse
 import json
-import math
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -24,65 +22,51 @@ from tqdm import tqdm
 
 import data
 from model import (GPT, Discriminator, autocast, hold_last, keep_freed_memory, load_checkpoint,
-                   memory_full, open_device)
+                   memory_full, open_device, update)
 
 JUDGES, PAIRS = 3, 200           # fresh discriminators to a figure; fewer pairs are not judged
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32, temperature=1.0)
 
 # -----------------------------------------------------------------------------
-# checkpoints, runs and their names
-
+# checkpoints, runs, answers
 
 def task_of(sources, args, examples=None):
-    """
-    The tokenizer, a Split of --prompts dev examples, or of those given, and the settings, as our
-    .pt files among sources were trained, which have to agree; DEFAULTS if there is none. --data
-    and --temperature win; the latter is set if it was not given. Reads all sources, so that a
-    mistake in the last does not cost what the first took.
-    """
-    settings, first, sizes = None, None, {}
+    """The tokenizer, a Split of --prompts dev examples, or of those given, and the settings: those
+    of our .pt files among sources, which have to agree, or DEFAULTS. --data and --temperature win;
+    the latter is set if it was not given. All are read before the work on the first."""
     given = {k: v for k, v in (('data', args.data), ('temperature', args.temperature)) if v}
+    configs, ours = {}, {}
     for source in dict.fromkeys(sources):
-        sizes[source] = GPT.from_pretrained(source).config
-        trained = Path(source).suffix == '.pt' and load_checkpoint(source).get('settings')
-        if not trained:                              # not of ours
-            continue
-        own = {name: trained.get(name, value) for name, value in DEFAULTS.items()} | given
-        settings, first = settings or own, first or source
-        for name in own:
+        configs[source] = GPT.from_pretrained(source).config
+        if saved := Path(source).suffix == '.pt' and load_checkpoint(source).get('settings'):
+            ours[source] = {k: saved.get(k, v) for k, v in DEFAULTS.items()} | given
+    first, settings = next(iter(ours.items()), (None, DEFAULTS | given))
+    for source, own in ours.items():
+        for name in DEFAULTS:
             if own[name] != settings[name]:
-                raise ValueError(
-                    f'{source} was trained with {name} {own[name]}, {first} with {settings[name]}: '
-                    + (f'give --{name}' if name in ('data', 'temperature') else 'take one of them'))
-    settings = settings or DEFAULTS | given
+                remedy = f'give --{name}' if name in ('data', 'temperature') else 'take one of them'
+                raise ValueError(f'{source} was trained with {name} {own[name]}, {first} with '
+                                 f'{settings[name]}: {remedy}')
     args.temperature = args.temperature or [settings['temperature']]
     enc = data.load_tokenizer(settings['data'])
-    for source, config in sizes.items():
+    P, R = settings['max_prompt'], settings['max_response']
+    for source, config in configs.items():
         if config.vocab_size != enc.n_vocab:
             raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, --data '
                              f'{settings["data"]} one of {enc.n_vocab}: give a matching pair')
-        if not first:                                # a short one has short prompts and answers
-            settings['max_response'] = min(settings['max_response'], config.block_size // 4)
-            settings['max_prompt'] = min(settings['max_prompt'],
-                                         config.block_size - settings['max_response'])
-        elif config.block_size < settings['max_prompt'] + settings['max_response']:
+        if ours and config.block_size < P + R:
             raise ValueError(f'{source} takes {config.block_size} tokens, the prompts and answers '
                              f'of {first} have more: take one of them')
-    if examples is None:
-        examples = data.load_examples(settings['data'], 'dev', args.prompts)
-    else:
-        settings['context'] = args.context is not None
-    split = data.Split(examples, enc, settings['max_prompt'], settings['max_response'],
-                       settings['context'])
+        R = R if ours else min(R, config.block_size // 4)    # a short one has short answers
+        P = min(P, config.block_size - R)                    # and prompts
+    context = settings['context'] if examples is None else args.context is not None
+    settings |= {'max_prompt': P, 'max_response': R, 'context': context}
+    examples = examples or data.load_examples(settings['data'], 'dev', args.prompts)
+    split = data.Split(examples, enc, P, R, context)
     if split.cut_prompts:
-        print(f'{split.cut_prompts} of {len(split)} prompts cut to {settings["max_prompt"]} tokens '
-              'from the left', file=sys.stderr)
+        print(f'{split.cut_prompts} of {len(split)} prompts cut to {P} tokens from the left',
+              file=sys.stderr)
     return enc, split, settings
-
-
-def load(source, args):
-    """A GPT from whatever `from_pretrained` takes, on the device."""
-    return GPT.from_pretrained(source).to(args.device).eval()
 
 
 def names(arguments):
@@ -95,24 +79,26 @@ def names(arguments):
     return pairs
 
 
+def read(file, parse, what, remedy):
+    """What `parse` makes of a file's text; where it cannot, an error that says so."""
+    try:
+        return parse(Path(file).read_text(encoding='utf-8-sig'))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f'{file} not found: {remedy}') from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
+        raise ValueError(f'{file} holds no {what}: {remedy}') from e
+
+
 def read_run(path):
     """The records of a run, its header first, from its folder or its metrics.jsonl; half a record
     at the end, of a run that writes or was killed, is left out."""
-    path = Path(path)
-    file = path if path.suffix == '.jsonl' else path / 'metrics.jsonl'
-    try:
-        lines = file.read_text(encoding='utf-8-sig').split('\n')[:-1]
-        records = [dict(json.loads(line)) for line in lines if line]
+    def parse(text):
+        records = [dict(json.loads(line)) for line in text.split('\n')[:-1] if line]
         records[0]['config']
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f'{file} not found: give the out_dir of a run') from None
-    except (ValueError, IndexError, KeyError, TypeError) as e:
-        raise ValueError(f'{file} holds no metrics: give the out_dir of a run') from e
-    return records
+        return records
 
-
-# -----------------------------------------------------------------------------
-# looking
+    file = path if Path(path).suffix == '.jsonl' else Path(path) / 'metrics.jsonl'
+    return read(file, parse, 'metrics', 'give the out_dir of a run')
 
 
 def batches(split, size):
@@ -122,111 +108,118 @@ def batches(split, size):
     return np.resize(np.arange(len(split)), (-(-len(split) // n), n))
 
 
-@torch.no_grad()
-def answer(generator, split, temperature, args):
-    """One sampled response to each example of a split, as ids (N, R) and mask (N, R)."""
+def answer(generator, split, temperature, args, samples=1):
+    """Sampled responses, K to each example of a split, as ids (N K, R) and mask (N K, R)."""
     rng, parts = torch.Generator(args.device).manual_seed(args.seed), []
-    for rows in batches(split, args.batch_size):
+    for rows in batches(split, max(1, args.batch_size // samples)):
         batch = split.batch(rows, args.device)
         with autocast(args):
-            roll = generator.generate(batch.prompt, batch.pad, split.responses.shape[1], split.eos,
-                                      temperature=temperature, top_k=args.top_k, rng=rng)
-        parts.append((roll.response[:, 0], roll.mask[:, 0]))
-    return [torch.cat(z)[:len(split)] for z in zip(*parts)]
+            roll = generator.generate(batch.prompt, batch.pad, batch.response.size(1), split.eos,
+                                      samples, temperature=temperature, top_k=args.top_k, rng=rng)
+        parts.append((roll.response, roll.mask))
+    return [torch.cat(z)[:len(split)].flatten(0, 1) for z in zip(*parts)]
+
+
+def examine(generator, split, enc, temperature, args):
+    """Figures of a greedy and of a sampled answer to each prompt; the sampled: text, ids, mask."""
+    greedy = data.to_text(*answer(generator, split, 0, args), enc)
+    response, mask = answer(generator, split, temperature, args)
+    texts = data.to_text(response, mask, enc)
+    figures = data.score_answers(greedy, split.examples) | {
+        'sample_f1': data.score_answers(texts, split.examples)['f1'],
+        'length': mask.sum(1).float().mean().item(), 'distinct2': data.distinct(response, mask, 2)}
+    return figures, texts, response, mask
+
+
+def scores_of(discriminator, split, groups, response, mask, args):
+    """Scores (n, K, R) of answers, of response and mask (N, K, R), to groups of example numbers."""
+    scores = []
+    for rows in groups:
+        b = split.batch(rows, args.device)
+        with autocast(args):
+            scores.append(hold_last(discriminator(b.prompt, b.pad, response[rows]), mask[rows]))
+    return torch.cat(scores)
+
+
+def side_by_side(examples, answers):
+    """Text of examples and, (name, texts) pairs, their answers; a blank line between examples."""
+    gold = [' | '.join(dict.fromkeys(e['answers'])) or data.UNANSWERABLE for e in examples]
+    rows = [('question', [e['question'] for e in examples]), ('gold', gold), *answers]
+    width = max(len(name) for name, _ in rows)
+    return '\n'.join(''.join(f'{name:{width}}  {texts[i]}\n' for name, texts in rows)
+                     for i in range(len(examples)))
 
 
 def ask(args):
-    """Answers args.question with args.ckpt."""
+    """Asks gpt2, a .pt, .safetensors or .bin file, or a folder, the --question."""
     example = {'question': args.question, 'context': args.context or '', 'answers': []}
     enc, split, _ = task_of([args.ckpt], args, [example] * args.samples)
-    ids = answer(load(args.ckpt, args), split, args.temperature[0], args)
+    ids = answer(GPT.from_pretrained(args.ckpt).to(args.device), split, args.temperature[0], args)
     print('\n'.join(data.to_text(*ids, enc)))
 
 
 def compare(args):
-    """Prints the answers of all checkpoints to the same dev prompts."""
-    named = names(args.compare)
+    """Sets the answers of checkpoints to dev prompts side by side."""
+    named, answers = names(args.compare), []
     enc, split, _ = task_of([source for _, source in named], args)
-    texts = [[e['question'] for e in split.examples],
-             [' | '.join(dict.fromkeys(e['answers'])) or data.UNANSWERABLE for e in split.examples]]
-    for _, source in named:
-        ids = answer(load(source, args), split, args.temperature[0], args)
-        texts.append(data.to_text(*ids, enc))
-    heads = ['question', 'gold', *(name for name, _ in named)]
-    width = max(map(len, heads))
-    for row in zip(*texts):
-        print('\n'.join(f'{head:{width}}  {text}' for head, text in zip(heads, row)) + '\n')
+    for name, source in named:
+        ids = answer(GPT.from_pretrained(source).to(args.device), split, args.temperature[0], args)
+        answers.append((name, data.to_text(*ids, enc)))
+    print(side_by_side(split.examples, answers))
 
 
 # -----------------------------------------------------------------------------
 # what a script shows of its own run
 
-
 @torch.no_grad()
 def evaluate_run(generator, discriminator, split, enc, cfg):
-    """
-    Figures of a generator on a split, and its sampled answers.
-
-    em and f1 are of greedy answers, in percent (has_ and no_: of answerable and unanswerable
-    questions); sample_f1, reward (mean score in logits), d_acc (share of pairs told apart, a tie
-    counting half), length (tokens with eos) and distinct2 of one sample of each prompt, drawn as
-    in a rollout.
-    """
-    rng = torch.Generator(cfg.device).manual_seed(0)        # the same noise at every evaluation
-    N, greedy, sampled, kept = len(split), [], [], []
-    for rows in batches(split, cfg.micro_batch * cfg.samples):
-        batch = split.batch(rows, cfg.device)
-        with autocast(cfg):
-            for temperature, answers in (0, greedy), (cfg.temperature, sampled):
-                response, mask, _ = generator.generate(
-                    batch.prompt, batch.pad, cfg.max_response, split.eos,
-                    temperature=temperature, rng=rng)                        # (n, 1, R)
-                answers += data.to_text(response[:, 0], mask[:, 0], enc)
-            pair = torch.cat((batch.response[:, None], response), 1)         # (n, 2, R)
-            scores = hold_last(discriminator(batch.prompt, batch.pad, pair),
-                               torch.cat((batch.mask[:, None], mask), 1))[..., -1]
-        # by the tokens: in one row, scores of equal answers differ by rounding
-        tie = (pair[:, 0] == pair[:, 1]).all(-1)
-        right = torch.where(tie, .5, ((scores[:, 0] - scores[:, 1]).sign() + 1) / 2)
-        kept.append((response[:, 0], mask[:, 0], scores[:, 1], right))
-    response, mask, fake, right = (torch.cat(z)[:N] for z in zip(*kept))
-    greedy, sampled = greedy[:N], sampled[:N]
-    figures = data.score_answers(greedy, split.examples)
-    figures |= {'sample_f1': data.score_answers(sampled, split.examples)['f1'],
-                'reward': fake.mean().item(), 'd_acc': right.mean().item(),
-                'length': mask.sum(1).float().mean().item(),
-                'distinct2': data.distinct(response, mask, 2)}
-    return figures, sampled
+    """Figures of a generator, and one sampled answer to each prompt, drawn as in a rollout: em and
+    f1 of greedy answers in percent (has_, no_: of answerable and unanswerable questions); of the
+    sampled sample_f1, length (tokens with eos), distinct2, reward (mean score in logits), d_acc
+    (share told from the gold ones, a tie counting half)."""
+    size = cfg.micro_batch * cfg.samples             # with one seed: always the same noise
+    args = argparse.Namespace(**vars(cfg) | {'batch_size': size, 'seed': 0, 'top_k': None})
+    figures, texts, response, mask = examine(generator, split, enc, cfg.temperature, args)
+    gold = split.batch(range(len(split)), cfg.device)
+    pairs = [torch.stack(z, 1) for z in ((gold.response, response), (gold.mask, mask))]
+    scores = scores_of(discriminator, split, batches(split, size), *pairs, args)
+    real, fake = scores[:len(split), :, -1].unbind(1)
+    # by the tokens: in one row, scores of equal answers differ by rounding
+    right = torch.where((gold.response == response).all(1), .5, ((real - fake).sign() + 1) / 2)
+    return figures | {'reward': fake.mean().item(), 'd_acc': right.mean().item()}, texts
 
 
-def finish(networks, discriminator, split, enc, out, cfg):
-    """Evaluates networks by name, the last of a run, on a split, prints their table, writes one
-    sample of each to out/samples.txt; returns the figures by name."""
-    rows = {name: evaluate_run(network, discriminator, split, enc, cfg)
-            for name, network in networks.items()}
-    blocks = []
-    for example, *answers in list(zip(split.examples, *(texts for _, texts in rows.values())))[:20]:
-        lines = [f'question    {example["question"]}',
-                 f'gold        {" | ".join(example["answers"]) or data.UNANSWERABLE}']
-        lines += [f'{name:12}{text}' for name, text in zip(rows, answers)]
-        blocks.append('\n'.join(lines))
-    (out / 'samples.txt').write_text('\n\n'.join(blocks) + '\n', encoding='utf-8')
+def report(it, generator, discriminator, split, enc, out, log, cfg):
+    """Evaluates a run at iteration `it`, for its log and curves.png; figures, sampled answers."""
+    figures, texts = evaluate_run(generator, discriminator, split, enc, cfg)
+    log({'iter': it, 'dev': figures})
+    draw({'this run': [read_run(out)]}, out / 'curves.png')
+    return figures, texts
+
+
+def finish(reference, generator, discriminator, split, enc, out, log, cfg):
+    """The end of a run: evaluates the warm start and, the last report, the tuned model; writes a
+    sample of each to out/samples.txt, prints their table, logs and returns the figures by name."""
+    warm, warm_texts = evaluate_run(reference, discriminator, split, enc, cfg)
+    tuned, texts = report(cfg.iters, generator, discriminator, split, enc, out, log, cfg)
+    answers = ('warm start', warm_texts), ('tuned', texts)
+    (out / 'samples.txt').write_text(side_by_side(split.examples[:20], answers), encoding='utf-8')
+    figures = {'warm start': warm, 'tuned': tuned}
     columns = {'em': 'EM', 'f1': 'F1', 'sample_f1': 'F1 sampled', 'reward': 'reward',
                'd_acc': 'd_acc', 'length': 'length', 'distinct2': 'distinct-2'}
     print(' ' * 12 + ''.join(f'{title:>12}' for title in columns.values()))
-    for name, (figures, _) in rows.items():
-        print(f'{name:12}' + ''.join(f'{figures[key]:12.3f}' for key in columns), flush=True)
-    return {name: figures for name, (figures, _) in rows.items()}
+    for name, row in figures.items():
+        print(f'{name:12}' + ''.join(f'{row[key]:12.3f}' for key in columns), flush=True)
+    log({'final': figures})
+    return figures
 
 
 # -----------------------------------------------------------------------------
 # judging
 
-
 def interval(right, passages):
-    """95% interval of the mean of right (n,), each of a passage, by its number: bootstrap over the
-    passages (Efron 1979), for trials on one passage are not independent. What another training of
-    the judges would change is not in it."""
+    """95% interval of the mean of right (n,), of passages (n,), by bootstrap over these (Efron
+    1979): trials on one are not independent. That judges differ by their training is not in it."""
     sums, counts = np.bincount(passages, right), np.bincount(passages)
     sums, counts, rng = sums[counts > 0], counts[counts > 0], np.random.default_rng(0)
     drawn = [rng.integers(len(sums), size=len(sums)) for _ in range(2000)]
@@ -241,72 +234,46 @@ def passages_of(examples):
 
 def halves(passages, seed):
     """Numbers of the examples of either half; no passage (N,), so no prompt, is in both."""
-    n = passages.max() + 1
-    if n < 2:
-        raise ValueError(f'--prompts {len(passages)} share one passage: give more')
-    side = np.random.default_rng(seed).permutation(n) % 2
+    side = np.random.default_rng(seed).permutation(passages.max() + 1) % 2
     return [np.flatnonzero(side[passages] == half) for half in (0, 1)]
 
 
 def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
-    """
-    Whether a new discriminator is right about pairs of a gold and a sampled answer to prompts that
-    it has not seen.
-
-    trunk            a GPT that its weights start from
-    fake, fake_mask  (N, R) a response to each example of the split; equal answers are left out
-    seed             a tuple of int: of the halves of the passages, the order of the pairs, dropout
-    returns          numbers of the examples judged (n,); right (n,), 1, 0, or .5 for equal scores
-    """
+    """Whether a new discriminator, of trunk's weights, tells gold answers from fake ones (N, R), to
+    prompts that it has not seen: numbers of the examples judged (n,), without those whose answers
+    are equal; right (n,), 1, 0, or .5 for equal scores. The seed, a tuple of int, is that of the
+    halves of the passages, of the order of the pairs and of dropout."""
     gold = split.batch(range(len(split)), args.device)
+    pairs = [torch.stack(z, 1) for z in ((gold.response, fake), (gold.mask, fake_mask))]
     differ = (gold.response != fake).cumsum(1) > 0                           # (N, R)
     where, untied = differ & (gold.mask | fake_mask), differ[:, -1].cpu().numpy()
     learn, judge = (rows[untied[rows]] for rows in halves(passages_of(split.examples), seed))
     if not len(learn) or not len(judge):
-        raise ValueError(f'all {untied.sum()} answers that differ are on one half of the passages: '
-                         'give more --prompts')
+        raise ValueError('all that differ are on one half of the passages: give more --prompts')
     torch.manual_seed(hash(seed) % 2 ** 31)
     network = Discriminator(trunk, dropout=.1).to(args.device)
     lr, steps = args.test_lr or .064 / trunk.config.n_embd, args.test_steps
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=.01)
-
-    def margins(rows):
-        """Score of the gold answer over the sampled one's at every column, (n, R)."""
-        b, sampled, sampled_mask = split.batch(rows, args.device), fake[rows], fake_mask[rows]
-        with autocast(args):
-            scores = hold_last(network(b.prompt, b.pad, torch.stack((b.response, sampled), 1)),
-                               torch.stack((b.mask, sampled_mask), 1))       # (n, 2, R)
-        return scores[:, 0] - scores[:, 1]
-
-    network.train()
     for step in tqdm(range(steps), 'fresh discriminator', disable=None, leave=False):
         rows = learn[data.order(len(learn), min(args.batch_size, len(learn)), seed, step)]
         for part in np.array_split(rows, -(-len(rows) // args.micro_batch)):
-            loss = F.softplus(-margins(part)) * where[part]
+            scores = scores_of(network, split, [part], *pairs, args)         # (n, 2, R)
+            loss = F.softplus(scores[:, 1] - scores[:, 0]) * where[part]
             (loss.sum() / where[rows].sum()).backward()      # each prefix the same, as in training
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.param_groups[0]['lr'] = lr * (1 - step / steps)
-        optimizer.step()
-        optimizer.zero_grad()
-    network.eval()
+        update(network, optimizer, lr * (1 - step / steps))
+    groups = np.array_split(judge, -(-len(judge) // args.batch_size))
     with torch.no_grad():
-        ends = torch.cat([margins(rows)[:, -1] for rows in
-                          np.array_split(judge, -(-len(judge) // args.batch_size))])
+        ends = scores_of(network.eval(), split, groups, *pairs, args)[..., -1]       # (n, 2)
     if not ends.isfinite().all():
         raise ValueError('a fresh discriminator diverged: give a lower --test_lr')
-    return judge, (ends.sign().cpu().numpy() + 1) / 2
+    return judge, ((ends[:, 0] - ends[:, 1]).sign().cpu().numpy() + 1) / 2
 
 
 def told_apart(trunk, split, fake, fake_mask, args):
-    """
-    The classifier two-sample test of Lopez-Paz and Oquab 2017, of JUDGES fresh discriminators, each
-    with halves of its own: how many pairs they tell; 50% cannot be told apart.
-
-    returns  dict: accuracy, of all judgements; low, high (its 95% interval); judges (the accuracy
-             of each), shares, not percent; pairs, ties (of the whole split: answers that
-             differ, that do not). With fewer than PAIRS pairs or no steps, judges is empty, and
-             the interval is all of it
-    """
+    """The two-sample test of Lopez-Paz and Oquab 2017, by JUDGES fresh discriminators, each with
+    halves of its own: accuracy, a share, .5 being chance; low, high, its 95% interval; judges, the
+    accuracy of each, none for fewer than PAIRS pairs or no steps; pairs and ties, how many answers
+    differ from the gold ones and how many do not."""
     ties = int((split.batch(range(len(split))).response == fake.cpu()).all(1).sum())
     figures = {'accuracy': .5, 'low': 0., 'high': 1., 'judges': [], 'pairs': len(split) - ties,
                'ties': ties}
@@ -325,207 +292,150 @@ def drift(generator, base, split, temperature, args):
     """Nats per token: KL(generator || base) at the temperature, over the whole vocabulary, as a run
     logs it, but exact at each token of samples; -log probability, at 1, of the gold answers."""
     temperature = temperature or 1.0                 # greedy answers have none
-    rng, sums = torch.Generator(args.device).manual_seed(args.seed), []
+    whole = argparse.Namespace(**vars(args) | {'top_k': None})
+    (response, mask), sums = answer(generator, split, temperature, whole), []
     for rows in batches(split, args.batch_size):
         batch = split.batch(rows, args.device)
         with autocast(args):
-            roll = generator.generate(batch.prompt, batch.pad, batch.response.size(1), split.eos,
-                                      temperature=temperature, rng=rng)
             logp, base_logp = (                                              # (n, 1, R, V)
-                g.head(g.response_hidden(batch.prompt, batch.pad, roll.response) / temperature)
-                .log_softmax(-1) for g in (generator, base))
-            logprobs, _ = generator.response_logprobs(batch.prompt, batch.pad,
-                                                      batch.response[:, None])
-        kl = (logp.exp() * (logp - base_logp)).sum(-1) * roll.mask           # (n, 1, R)
-        sums.append([z.flatten(1).sum(1).cpu() for z in
-                     (kl, roll.mask, -logprobs[:, 0] * batch.mask, batch.mask)])
-    kl, tokens, nll, gold_tokens = (torch.cat(z)[:len(split)].double().sum().item()
-                                  for z in zip(*sums))
-    return kl / tokens, nll / gold_tokens
+                g.head(g.response_hidden(batch.prompt, batch.pad, response[rows][:, None])
+                       / temperature).log_softmax(-1) for g in (generator, base))
+            gold, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response[:, None])
+        kl = (logp.exp() * (logp - base_logp)).sum(-1)[:, 0] * mask[rows]    # (n, R)
+        sums.append(torch.stack((kl.sum(1), -(gold[:, 0] * batch.mask).sum(1))).cpu())
+    kl, nll = torch.cat(sums, 1)[:, :len(split)].double().sum(1).tolist()
+    return kl / mask.sum().item(), nll / split.lengths.sum()
 
 
 @torch.no_grad()
 def best_of(generator, discriminator, split, enc, temperature, args):
-    """EM and F1 in percent of one of args.best_of samples to each prompt: the one with the highest
-    score, any one (their mean), and the best there is. It says whether a discriminator knows what
-    the generator does not."""
-    rng = torch.Generator(args.device).manual_seed(args.seed)
-    n, scores, found = args.best_of, [], []
-    for rows in batches(split, max(1, args.batch_size // n)):
-        batch = split.batch(rows, args.device)
-        with autocast(args):
-            roll = generator.generate(batch.prompt, batch.pad, split.responses.shape[1], split.eos,
-                                      n, temperature, args.top_k, rng)
-            scores.append(hold_last(discriminator(batch.prompt, batch.pad, roll.response),
-                                    roll.mask)[..., -1].cpu())               # (b, n)
-        texts = data.to_text(roll.response.flatten(0, 1), roll.mask.flatten(0, 1), enc)
-        found += [data.score_answer(text, split.examples[i])
-                  for text, i in zip(texts, np.repeat(rows, n))]
-    found = 100 * np.array(found).reshape(-1, n, 2)[:len(split)]             # EM and F1
-    chosen = torch.cat(scores)[:len(split)].argmax(1).numpy()
-    means = {'chosen': found[np.arange(len(split)), chosen], 'any': found.mean(1),
-             'possible': found.max(1)}
-    return {'n': n} | {name: dict(zip(('em', 'f1'), z.mean(0).tolist()))
-                       for name, z in means.items()}
+    """EM and F1 in percent of one of args.best_of samples to each prompt: the discriminator's
+    choice, any (their mean), the best. Does it know what the generator does not?"""
+    n = args.best_of
+    ids = answer(generator, split, temperature, args, n)                     # (N n, R)
+    found = [data.score_answer(text, split.examples[i // n])
+             for i, text in enumerate(data.to_text(*ids, enc))]
+    found = 100 * np.reshape(found, (-1, n, 2))                              # EM and F1
+    groups = batches(split, max(1, args.batch_size // n))
+    scores = scores_of(discriminator, split, groups, *(z.unflatten(0, (-1, n)) for z in ids), args)
+    chosen = scores[:len(split), :, -1].argmax(1).cpu().numpy()
+    means = {'chosen': found[np.arange(len(split)), chosen].mean(0), 'any': found.mean((0, 1)),
+             'possible': found.max(1).mean(0)}
+    return {'n': n} | {name: {'em': em.item(), 'f1': f1.item()} for name, (em, f1) in means.items()}
 
 
 def judge(generator, base, discriminator, split, enc, temperature, args):
-    """All figures of one checkpoint at one temperature, as a dict; the table's are percent. With a
-    discriminator, those of `best_of` too."""
-    greedy = data.to_text(*answer(generator, split, 0, args), enc)
-    response, mask = answer(generator, split, temperature, args)
-    figures = data.score_answers(greedy, split.examples)
-    figures['sample_f1'] = data.score_answers(data.to_text(response, mask, enc),
-                                              split.examples)['f1']
+    """All figures of one checkpoint at one temperature; with a discriminator, `best_of` too."""
+    figures, _, response, mask = examine(generator, split, enc, temperature, args)
     figures['fresh'] = told_apart(base, split, response, mask, args)
-    figures['distinct2'] = data.distinct(response, mask, 2)
-    figures['length'] = mask.sum(1).float().mean().item()
     shares = [np.bincount(n, minlength=response.size(1) + 1) / len(split)
               for n in (mask.sum(1).cpu().numpy(), split.lengths)]
     figures['length_distance'] = float(np.abs(shares[0] - shares[1]).sum() / 2)
     figures['kl'], nll = drift(generator, base, split, temperature, args)
-    figures['perplexity'] = math.exp(nll)
-    if discriminator is not None:
+    figures['perplexity'] = float(np.exp(nll))
+    if discriminator:
         figures['best_of'] = best_of(generator, discriminator, split, enc, temperature, args)
     return figures
 
 
-def accuracy(figures):
-    """Of the fresh discriminators, a share; NaN where none judged."""
-    return figures['fresh']['accuracy'] if figures['fresh'].get('judges', True) else math.nan
-
-
-COLUMNS = {  # header: format, value of the figures
-    'EM': ('.1f', lambda f: f['em']), 'F1': ('.1f', lambda f: f['f1']),
-    'F1 sampled': ('.1f', lambda f: f['sample_f1']),
-    'told apart %': ('.1f', lambda f: 100 * accuracy(f)),
-    'of all %': ('.1f', lambda f: 100 * accuracy(f) + 100 * f['fresh']['ties'] / f['prompts']
-                 * (.5 - accuracy(f))),                                      # a tie counts half
-    'ties %': ('.1f', lambda f: 100 * f['fresh']['ties'] / f['prompts']),
-    'distinct-2': ('.3f', lambda f: f['distinct2']),
-    'length dist.': ('.3f', lambda f: f['length_distance']),
-    'KL': ('.3f', lambda f: f['kl']), 'perplexity': ('.2f', lambda f: f['perplexity'])}
-BEST_OF = {  # the same, of --best_of: F1 of the sample that the discriminator chose, and beside it
-    'F1 chosen': ('.1f', lambda f: f['best_of']['chosen']['f1']),
-    'F1 of any': ('.1f', lambda f: f['best_of']['any']['f1']),
-    'F1 possible': ('.1f', lambda f: f['best_of']['possible']['f1'])}
-
-
-def columns_of(figures):
-    """Columns of --table for the figures of --evaluate: format and value by header."""
-    columns = COLUMNS | (BEST_OF if 'best_of' in figures else {})
-    return {header: (spec, float(value(figures))) for header, (spec, value) in columns.items()}
-
-
-def load_discriminator(path, args):
-    """The discriminator of a run's ckpt.pt."""
-    trunk, state = load(path, args), load_checkpoint(path).get('discriminator', {})
-    if not state or not state['score.weight'].any():
-        raise ValueError(f'--discriminator {path} holds none that has learned: give the ckpt.pt of '
-                         'a run')
-    discriminator = Discriminator(trunk)
-    discriminator.load_state_dict(state)
-    return discriminator.to(args.device).eval()
-
-
 def evaluate(args):
-    """Judges each checkpoint on held-out prompts: a table, and args.out with every figure."""
-    named = names(args.evaluate)
+    """Judges checkpoints on held-out prompts; --out has every figure."""
+    named, discriminator, results = names(args.evaluate), None, {}
     args.base = args.base or named[0][1]
-    sources = [*(source for _, source in named), args.base]
+    sources = [source for _, source in named] + [args.base]
+    enc, split, settings = task_of(sources + [args.discriminator] * bool(args.best_of), args)
+    base = GPT.from_pretrained(args.base).to(args.device)
     if args.best_of:
-        sources.append(args.discriminator)
-    enc, split, settings = task_of(sources, args)
-    base, discriminator = load(args.base, args), None
-    if args.best_of:
-        discriminator = load_discriminator(args.discriminator, args)
+        state = load_checkpoint(args.discriminator).get('discriminator')
+        if not state or not state['score.weight'].any():
+            raise ValueError(f'{args.discriminator} has no trained discriminator: give a ckpt.pt')
+        discriminator = Discriminator(GPT.from_pretrained(args.discriminator)).to(args.device)
+        discriminator.load_state_dict(state)
     out = Path(args.out or 'out/evaluation.json')
     out.parent.mkdir(parents=True, exist_ok=True)
     open(out, 'a').close()                           # now, if it cannot be written
-    setup = {'torch': torch.__version__, 'settings': settings} | {name: getattr(args, name) for name
-             in 'device dtype base discriminator seed top_k test_steps test_lr batch_size'.split()}
+    setup = {'torch': torch.__version__, 'settings': settings, **vars(args)}
     gold = split.batch(range(len(split)))
     print(f'{len(split)} prompts of {settings["data"]}; gold answers: distinct-2 '
           f'{data.distinct(gold.response, gold.mask, 2):.3f}, length {split.lengths.mean():.2f}; '
           f'fresh discriminators start from {args.base}, KL is from it, in nats per token')
-    results = defaultdict(list)
     for name, source in named:
-        generator = load(source, args)
+        generator = GPT.from_pretrained(source).to(args.device)
         for temperature in args.temperature:
             f = judge(generator, base, discriminator, split, enc, temperature, args)
             f |= {'prompts': len(split), 'temperature': temperature, 'source': source}
             label = name if len(args.temperature) == 1 else f'{name}, T {temperature}'
-            results[label].append(f)
+            results.setdefault(label, []).append(f)
             keep_freed_memory(False)
-            print(f'\n{label}, at {temperature}: ' + ', '.join(
-                f'{header} {value:{spec}}' for header, (spec, value) in columns_of(f).items()
-                if not math.isnan(value)))
-            print('  {pairs} pairs that differ, {ties} ties'.format(**f['fresh']) + (
-                  '; told apart {accuracy:.1%} [{low:.1%}, {high:.1%}]'.format(**f['fresh'])
-                  if f['fresh']['judges'] else f': none judged, for want of {PAIRS} or of steps'),
-                  flush=True)
+            row = [f'{header} {cell(header, [value])}' for header, value in row_of(f).items()]
+            told = ('told apart {accuracy:.1%} [{low:.1%}, {high:.1%}]' if f['fresh']['judges'] else
+                    f'none judged, for want of {PAIRS} or of steps')
+            told = ('{pairs} pairs that differ, {ties} ties; ' + told).format(**f['fresh'])
+            print(f'\n{label}, at {temperature}: {", ".join(row)}\n  {told}', flush=True)
             out.write_text(json.dumps({'setup': setup, 'results': results}, indent=1) + '\n')
 
 
-def read_results(path):
-    """What --evaluate wrote: by name, figures and columns of each seed."""
-    try:
-        results = json.loads(Path(path).read_text(encoding='utf-8-sig'))['results']
-        return {name: [(f, columns_of(f)) for f in seeds] for name, seeds in results.items()}
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path} not found: --evaluate writes it') from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-            RecursionError) as e:
-        raise ValueError(f'{path} holds no results: give what --evaluate wrote') from e
+# -----------------------------------------------------------------------------
+# tables and curves
+
+def row_of(f):
+    """Columns for what `judge` found, NaN if not known; 'of all' counts a tie as a half."""
+    fresh, ties = f['fresh'], 100 * f['fresh']['ties'] / f['prompts']
+    right = 100 * fresh['accuracy'] if fresh.get('judges', True) else np.nan
+    row = {'EM': f['em'], 'F1': f['f1'], 'F1 sampled': f['sample_f1'], 'told apart %': right,
+           'of all %': right + ties / 100 * (50 - right), 'ties %': ties,
+           'distinct-2': f['distinct2'], 'length dist.': f['length_distance'],
+           'KL': f['kl'], 'perplexity': f['perplexity']}
+    best = {'chosen': 'F1 chosen', 'any': 'F1 of any', 'possible': 'F1 possible'}
+    row |= {best[key]: z['f1'] for key, z in f.get('best_of', {}).items() if key in best}
+    return {header: float(value) for header, value in row.items()}
+
+
+def row_of_run(records):
+    """Columns for a run: its last evaluation, and whether it collapsed, which ends a run."""
+    last = {key: value for record in records for key, value in record.items()}
+    keys = {'EM': 'em', 'F1': 'f1', 'F1 sampled': 'sample_f1', 'distinct-2': 'distinct2'}
+    row = {header: last.get('dev', {}).get(key, np.nan) for header, key in keys.items()}
+    return row | {'longest run': last.get('longest_run', np.nan),
+                  'stopped at': str(last['iter']) if 'collapsed' in last else '',
+                  'answers like': f'`{last["collapsed"] or " "}`' if 'collapsed' in last else ''}
+
+
+def cell(header, values):
+    """Mean and standard deviation (over n - 1) of a column's numbers; of texts, those there are."""
+    if any(value != value for value in values):      # NaN
+        return '–'
+    if isinstance(values[0], str):
+        return ', '.join(dict.fromkeys(filter(None, values))) or '–'
+    digits = {'distinct-2': 3, 'length dist.': 3, 'KL': 3, 'perplexity': 2}.get(header, 1)
+    spread = f' ± {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
+    return f'{np.mean(values):.{digits}f}{spread}'
 
 
 def table(args):
-    """Markdown of evaluations or of runs: mean and standard deviation (over n - 1) of what has one
-    name, a dash for what one of them lacks. With --out, the evaluations in one file."""
-    rows, judged = defaultdict(list), defaultdict(list)      # of each seed, by name
+    """Prints evaluations or runs as Markdown; --out has the evaluations, in one file."""
+    def parse(text):                                 # by name, figures and row of each seed
+        return {name: [(f, row_of(f)) for f in seeds]
+                for name, seeds in json.loads(text)['results'].items()}
+
+    rows, judged = {}, {}                            # of each seed, by name
     for name, path in names(args.table):
         if Path(path).suffix != '.json':
-            rows[name].append(last_figures(read_run(path)))
+            rows.setdefault(name, []).append(row_of_run(read_run(path)))
             continue
-        for label, seeds in read_results(path).items():
-            judged[label] += [figures for figures, _ in seeds]
-            rows[label] += [columns for _, columns in seeds]
+        for label, seeds in read(path, parse, 'results', 'give what --evaluate wrote').items():
+            judged.setdefault(label, []).extend(figures for figures, _ in seeds)
+            rows.setdefault(label, []).extend(row for _, row in seeds)
     if args.out and not judged:
         raise ValueError(f'--out {args.out} is for evaluations, .json files, and none is given')
     if args.out:
         Path(args.out).write_text(json.dumps({'results': judged}, indent=1) + '\n')
-
-    def cell(found):
-        (spec, first), values = found[0], [value for _, value in found]
-        if isinstance(first, str):
-            return ', '.join(dict.fromkeys(v for v in values if v)) or '–'
-        if any(map(math.isnan, values)):
-            return '–'
-        spread = f' ± {np.std(values, ddof=1):{spec}}' if len(values) > 1 else ''
-        return f'{np.mean(values):{spec}}{spread}'
-
-    columns = list(dict.fromkeys(c for seeds in rows.values() for row in seeds for c in row))
-    print('| ' + ' | '.join(['', *columns]) + ' |\n|' + '---|' * (1 + len(columns)))
+    headers = list(dict.fromkeys(h for seeds in rows.values() for row in seeds for h in row))
+    print('| ' + ' | '.join(['', *headers]) + ' |\n|' + '---|' * (1 + len(headers)))
     for label, seeds in rows.items():
-        cells = [cell([row.get(c, ('', math.nan)) for row in seeds]) for c in columns]
+        cells = [cell(h, [row.get(h, np.nan) for row in seeds]) for h in headers]
         print('| ' + ' | '.join([label, *cells]) + ' |')
 
-
-def last_figures(records):
-    """Columns of --table for a run: its last evaluation, and whether it collapsed."""
-    dev = next((r['dev'] for r in reversed(records) if 'dev' in r), {})
-    last = next((r for r in reversed(records) if 'longest_run' in r), {})
-    fall = next((r for r in records if 'collapsed' in r), {})
-    return {'EM': ('.1f', dev.get('em', math.nan)), 'F1': ('.1f', dev.get('f1', math.nan)),
-            'F1 sampled': ('.1f', dev.get('sample_f1', math.nan)),
-            'distinct-2': ('.3f', dev.get('distinct2', math.nan)),
-            'longest run': ('.1f', last.get('longest_run', math.nan)),
-            'stopped at': ('', str(fall.get('iter', ''))),
-            'answers like': ('', f'`{fall["collapsed"] or " "}`' if fall else '')}
-
-
-# -----------------------------------------------------------------------------
-# curves
 
 PANELS = {  # title: value of a record, None where it has none
     'generator reward (mean score, logits)': lambda r: r.get('reward'),
@@ -542,11 +452,11 @@ COLOURS = '#4c8dd6 #e0823d #3fa66a #b565c9 #d1555b #8f8a2f #30a5b5 #9a7b5f #d66f
 def curves(runs, value):
     """Iterations at which any of runs, lists of records, has a value, and the values there of all
     runs that reach so far: means of at most 60 windows, interpolated between them."""
-    found = []
+    found = []                                       # (iteration, value) of the windows of each run
     for records in runs:
         points = [(r['iter'], value(r)) for r in records if 'iter' in r and value(r) is not None]
-        width = max(1, -(-len(points) // 60))
-        found.append([np.mean(points[k:k + width], 0) for k in range(0, len(points), width)])
+        size = max(1, -(-len(points) // 60))
+        found.append([np.mean(points[k:k + size], 0) for k in range(0, len(points), size)])
     at = sorted({x for windows in found for x, _ in windows})
     return at, [[np.interp(x, *zip(*windows)) for windows in found
                  if windows and windows[0][0] <= x <= windows[-1][0]] for x in at]
@@ -554,102 +464,88 @@ def curves(runs, value):
 
 def draw(groups, out):
     """A PNG of runs, lists of records, by name: the mean over those of a name, and their band."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    grey = '#858c95'                                 # reads on white and on black
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), facecolor='none')
-    for ax, (title, value) in zip(axes.flat, PANELS.items()):
-        for colour, (name, runs) in zip(COLOURS * len(groups), groups.items()):
+    from matplotlib.figure import Figure             # here, for it takes half a second
+    figure, grey = Figure(figsize=(15, 6.2), facecolor='none'), '#858c95'    # for white and black
+    for ax, (title, value) in zip(figure.subplots(2, 4).flat, PANELS.items()):
+        for hue, (name, runs) in zip(COLOURS * len(groups), groups.items()):
             at, values = curves(runs, value)
-            ax.plot(at, [np.mean(v) for v in values], color=colour, linewidth=1.8,
-                    label=name.replace('$', r'\$'))
-            ax.fill_between(at, [min(v) for v in values], [max(v) for v in values], color=colour,
-                            alpha=.2, linewidth=0)
+            ax.plot(at, [*map(np.mean, values)], color=hue, lw=1.8, label=name.replace('$', r'\$'))
+            ax.fill_between(at, [*map(min, values)], [*map(max, values)], color=hue, alpha=.2, lw=0)
         ax.set_title(title, color=grey, fontsize=11)
         ax.set_facecolor('none')
         ax.tick_params(colors=grey, labelsize=9)
         ax.spines[:].set_color(grey)
         ax.grid(color=grey, alpha=.25)
-    lines = -(-len(groups) // 6)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='lower center', frameon=False,
+    figure.legend(*ax.get_legend_handles_labels(), loc='lower center', frameon=False,
                   ncols=min(len(groups), 6), labelcolor=grey, fontsize=11)
     # by hand: a layout engine would render the figure once more
-    figure.subplots_adjust(.035, .07 + .05 * lines, .99, .94, .17, .28)
+    figure.subplots_adjust(.035, .07 + .05 * -(-len(groups) // 6), .99, .94, .17, .28)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
-    plt.close(figure)
 
 
 def plot(args):
-    """One PNG of several runs; those of one name are its seeds."""
-    groups = defaultdict(list)
+    """Draws the curves of runs into one PNG."""
+    groups = {}
     for name, path in names(args.plot):
-        groups[name].append(read_run(path))
+        groups.setdefault(name, []).append(read_run(path))
     draw(groups, Path(args.out or 'out/curves.png'))
 
 
-FLAGS = {  # type, default, help
-    'question': (str, None, 'with --ckpt'),
-    'context': (str, None, 'the passage that the answer to --question is in'),
-    'samples': (int, 1, 'answers, with --ckpt'),
-    'prompts': (int, None, 'dev prompts: 10 to compare, 4000 to evaluate'),
-    'out': (str, None, 'file to write (out/evaluation.json, out/curves.png)'),
-    'data': (str, None, 'as in training; by default what the checkpoint says'),
-    'top_k': (int, None, 'sample among so many tokens; by default among all'),
-    'seed': (int, 1, 'of the sampling noise'),
-    'batch_size': (int, 64, 'prompts at a time, those that are learned from included'),
-    'micro_batch': (int, 16, 'prompts of one backward pass; lower it to save memory'),
-    'base': (str, None, 'with --evaluate, what judges and KL start from; else the first file'),
-    'test_steps': (int, 400, 'of a fresh discriminator, with --evaluate; 0 for none'),
-    'test_lr': (float, None, 'its learning rate, .064 / n_embd'),
-    'best_of': (int, None, 'with --evaluate, so many samples for --discriminator to choose from'),
-    'discriminator': (str, None, 'the ckpt.pt of a run, whose discriminator chooses'),
-    'device': (str, 'auto', 'cuda, cuda:1, mps or cpu; auto takes the first there is')}
+FLAGS = {  # as argparse takes them
+    'question': dict(help='with --ckpt'),
+    'context': dict(help='the passage that the answer to --question is in'),
+    'samples': dict(type=int, default=1, help='answers, with --ckpt'),
+    'prompts': dict(type=int, help='dev prompts: 10 to compare, 4000 to evaluate'),
+    'out': dict(help='file to write (out/evaluation.json, out/curves.png)'),
+    'data': dict(help='as in training; by default what the checkpoint says'),
+    'temperature': dict(type=float, nargs='+', help='0: greedy; by default as in training'),
+    'top_k': dict(type=int, help='sample among so many tokens; by default among all'),
+    'seed': dict(type=int, default=1, help='of the sampling noise'),
+    'batch_size': dict(type=int, default=64, help='prompts at a time, those learned from included'),
+    'micro_batch': dict(type=int, default=16, help='of one backward pass; less to save memory'),
+    'base': dict(help='with --evaluate, what judges and KL start from; else the first file'),
+    'test_steps': dict(type=int, default=400, help='of a fresh discriminator; 0 for none'),
+    'test_lr': dict(type=float, help='its learning rate, .064 / n_embd'),
+    'best_of': dict(type=int, help='to --evaluate so many samples that --discriminator ranks, too'),
+    'discriminator': dict(help='the ckpt.pt of a run, whose discriminator chooses'),
+    'dtype': dict(choices=['auto', 'bfloat16', 'float32'], default='auto', help='of activations'),
+    'device': dict(default='auto', help='cuda, cuda:1, mps or cpu; auto takes the first there is')}
+LEAST = {'seed': 0, 'test_steps': 0, 'test_lr': 1e-9, 'temperature': .01}    # others': 1
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = {'ckpt': ask, 'compare': compare, 'evaluate': evaluate, 'table': table, 'plot': plot}
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('--ckpt', help='to ask: gpt2, a .pt, .safetensors or .bin file, or a folder')
-    what.add_argument('--compare', nargs='+', metavar='CKPT', help='to set side by side')
-    what.add_argument('--evaluate', nargs='+', metavar='CKPT', help='to judge on held-out prompts')
-    what.add_argument('--table', nargs='+', metavar='FILE', help='Markdown of evaluations or runs')
-    what.add_argument('--plot', nargs='+', metavar='RUN', help='to draw the curves of')
-    parser.add_argument('--temperature', type=float, nargs='+',
-                        help='0 for greedy; several with --evaluate; by default what the files '
-                        "were trained at (the poster's: .8, with --top_k 100)")
-    parser.add_argument('--dtype', choices=['auto', 'bfloat16', 'float32'], default='auto',
-                        help='of activations; auto: bfloat16 on CUDA (default: auto)')
-    for name, (kind, default, note) in FLAGS.items():
-        parser.add_argument(f'--{name}', type=kind, default=default,
-                            help=note if default is None else f'{note} (default: {default})')
-    args = parser.parse_args(argv, argparse.Namespace(compile=False))
-    args.prompts = (4000 if args.evaluate else 10) if args.prompts is None else args.prompts
-    if args.ckpt and not (args.question or '').strip():
+    for name, run in modes.items():
+        several = {} if name == 'ckpt' else {'nargs': '+'}
+        what.add_argument(f'--{name}', metavar='FILE', help=run.__doc__, **several)
+    for name, flag in FLAGS.items():
+        default = ' (default: %(default)s)' if 'default' in flag else ''
+        parser.add_argument(f'--{name}', **flag | {'help': flag['help'] + default})
+    args = parser.parse_args(argv)
+    mode = next(name for name in modes if getattr(args, name) is not None)
+    temperatures = args.temperature or [1.0]
+    if mode == 'ckpt' and not (args.question or '').strip():
         parser.error('--ckpt needs a --question')
-    if (args.best_of is None) != (args.discriminator is None) or args.best_of and not args.evaluate:
-        parser.error('--best_of goes with --discriminator and --evaluate: give all or none')
-    if args.best_of and 0 in (args.temperature or []):
-        parser.error('--best_of with --temperature 0: all answers would be one, give another')
-    temperatures = args.temperature or [0]
-    if len({*temperatures}) < len(temperatures) or temperatures[1:] and not args.evaluate:
+    if (args.best_of is None) != (args.discriminator is None) or args.best_of and (
+            mode != 'evaluate' or 0 in temperatures):
+        parser.error('--best_of goes with --discriminator, --evaluate and a --temperature above 0')
+    if len({*temperatures}) < len(temperatures) or temperatures[1:] and mode != 'evaluate':
         parser.error(f'--temperature {temperatures}: give one, or several once each to --evaluate')
-    numbers = [(name, getattr(args, name)) for name in FLAGS]
-    for name, value in numbers + [('temperature', t) for t in temperatures if t]:
-        least = {'seed': 0, 'test_steps': 0, 'test_lr': 1e-9, 'temperature': .01}.get(name, 1)
-        if isinstance(value, (int, float)) and not least <= value < 2 ** 63:
-            zero = '0, or ' * (name == 'temperature')
-            parser.error(f'--{name} {value}: give {zero}a number of at least {least}, below 2^63')
+    for name, value in [*vars(args).items(), *(('temperature', t) for t in temperatures if t)]:
+        if isinstance(value, (int, float)) and not LEAST.get(name, 1) <= value < 2 ** 63:
+            zero = '0, or ' if name == 'temperature' else ''
+            parser.error(f'--{name} {value}: give {zero}at least {LEAST.get(name, 1)}, below 2^63')
+    args.prompts, args.compile = args.prompts or (4000 if mode == 'evaluate' else 10), False
     if hasattr(sys.stdout, 'reconfigure'):           # what a console lacks is a question mark there
         sys.stdout.reconfigure(errors='replace')
-    chosen = next(f for f in (compare, evaluate, table, plot, ask)
-                  if f is ask or getattr(args, f.__name__))
     try:
-        if chosen not in (table, plot):
+        if mode not in ('table', 'plot'):
             open_device(args)
-        chosen(args)
+        modes[mode](args)
     except (ValueError, OSError) as e:
         sys.exit(str(e))
     except torch.OutOfMemoryError:
