@@ -1,13 +1,13 @@
 """
 Speed, side by side in one run: contestants take turns, medians are compared, only ratios count.
 
-$ python bench.py                             rollouts, a train step, an iteration of REINFORCE
+$ python bench.py                             rollouts and a train step
 $ python bench.py --only rollout --dtype bfloat16 --batch 32 --json speed.json
 
-The model is a GPT-2 of random weights; the peers are the same weights in `transformers` and in
-TRL's RLOO trainer, left out where those are not installed. A tilted bias makes <|endoftext|> as
-likely at each token as --mean_length says, for the ragged rollout; elsewhere it never comes. On a
-CPU ours runs with the allocator as our scripts set it, the peers with glibc's own settings.
+The model is a GPT-2 of random weights; its peer is the same weights in `transformers`, left out
+where that is not installed. A tilted bias makes <|endoftext|> as likely at each token as
+--mean_length says, for the ragged rollout; elsewhere it never comes. On a CPU ours runs with the
+allocator as our scripts set it, the peer with glibc's own settings.
 """
 
 import argparse
@@ -43,23 +43,18 @@ def give_memory_back():
         pass
 
 
-def timed(name, run, args):
-    """Seconds of one turn."""
-    keep_freed_memory() if name.startswith('ours') else give_memory_back()
-    start = time.perf_counter()
-    run()
-    if args.device.startswith('cuda'):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def race(contestants, args):
     """Seconds of each function by name: the median of `repeats` turns, after a warm-up."""
     seconds = {name: [] for name in contestants}
     for turn in range(args.repeats + 1):
         for name, run in contestants.items():
             torch.manual_seed(turn)
-            seconds[name].append(timed(name, run, args))
+            keep_freed_memory() if name.startswith('ours') else give_memory_back()
+            start = time.perf_counter()
+            run()
+            if args.device.startswith('cuda'):
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
     return {name: float(np.median(s[1:])) for name, s in seconds.items()}
 
 
@@ -207,14 +202,6 @@ def bench_rollout(gpt, args, found):
                    *(() if ragged else (B * args.response, rollout_limit(gpt, B // K, K, args))))
 
 
-def reinforce_config(args):
-    """REINFORCE's Config at the shape asked for, without an anchor."""
-    return reinforce.Config(
-        batch_size=args.batch[0] // args.samples, samples=args.samples, device=args.device,
-        dtype=args.dtype, max_prompt=args.prompt, anchor=0.0,
-        max_response=args.response, baseline='loo' if args.samples > 1 else 'mean')
-
-
 def bench_train(gpt, args, found):
     """An AdamW step on -log pi of the response, from forward to weights."""
     B = args.batch[0] // 2
@@ -223,13 +210,14 @@ def bench_train(gpt, args, found):
     batch = data.Batch(ids, pad, response, torch.ones_like(response).bool())
     labels = torch.cat((torch.full_like(ids, -100), response), 1)
     tokens = torch.cat((ids, response), 1)
+    cfg = reinforce.Config(device=args.device, dtype=args.dtype)
     peer = twin(gpt, args)
 
     def training(network):
         optimizer = adamw(network)
 
         def run():
-            reinforce.mle_gradient(network, batch, 1.0, reinforce_config(args))
+            reinforce.mle_gradient(network, batch, 1.0, cfg)
             update(network, optimizer, 1e-5)
         return run
 
@@ -249,82 +237,10 @@ def bench_train(gpt, args, found):
            found, B * (args.prompt + args.response), train_limit(gpt, B, args))
 
 
-def bench_trl(gpt, args, found):
-    """
-    An iteration of REINFORCE, but for its discriminator, beside one of TRL's RLOO: K samples of
-    each prompt, what the reference thinks of them, an update. Rewards cost neither anything.
-    """
-    try:
-        os.environ |= {'TRANSFORMERS_VERBOSITY': 'error', 'HF_HUB_OFFLINE': '1'}
-        from datasets import Dataset
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import (GPT2LMHeadModel, PreTrainedTokenizerFast, PrinterCallback,
-                                  TrainerCallback)
-        from trl import RLOOConfig, RLOOTrainer
-    except ImportError:
-        print('TRL is not installed: left out')
-        return
-    N, cfg = args.batch[0], reinforce_config(args)
-    ids, pad = prompts(cfg.batch_size, args, False)
-    gold = torch.randint(0, 50000, (cfg.batch_size, args.response), device=args.device)
-    batch = data.Batch(ids, pad, gold, torch.ones_like(gold).bool())
-    generator, reference = copy.deepcopy(gpt), copy.deepcopy(gpt).requires_grad_(False)
-    optimizer, rng = adamw(generator), torch.Generator(args.device)
-    if args.compile:
-        generator.compile()
-        reference.compile()
-
-    def iteration():
-        with autocast(cfg):
-            roll = generator.generate(batch.prompt, batch.pad, args.response, EOS + 1, cfg.samples,
-                                      rng=rng)
-        rewards = torch.rand(roll.mask.shape, device=args.device)
-        reinforce.reinforce_step(generator, reference, optimizer, batch, roll, rewards, 0., 1e-6,
-                                 cfg)
-
-    seconds = {'ours': [], "TRL's RLOO": []}
-
-    class Turns(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            give_memory_back()
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            if args.device.startswith('cuda'):
-                torch.cuda.synchronize()
-            seconds["TRL's RLOO"].append(time.perf_counter() - self.start)
-            seconds['ours'].append(timed('ours', iteration, args))
-
-    words = Tokenizer(models.WordLevel({f'w{i}': i for i in range(EOS + 1)}, unk_token='w0'))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    end = f'w{EOS}'
-    words = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end,
-                                    padding_side='left')
-    texts = [' '.join(f'w{i}' for i in row) for row in ids.tolist()] * (args.repeats + 2)
-    with tempfile.TemporaryDirectory() as folder:
-        gpt.save_pretrained(folder)
-        settings = RLOOConfig(
-            output_dir=folder, report_to=[], save_strategy='no', disable_tqdm=True,
-            logging_steps=99, use_cpu=args.device == 'cpu', bf16=args.dtype == 'bfloat16',
-            gradient_checkpointing=False, per_device_train_batch_size=N, learning_rate=1e-6,
-            max_steps=args.repeats + 1, num_generations=cfg.samples, beta=cfg.beta, temperature=1.0,
-            top_k=0, max_completion_length=args.response,
-            generation_kwargs={'min_new_tokens': args.response})
-        trainer = RLOOTrainer(
-            GPT2LMHeadModel.from_pretrained(folder), args=settings,
-            reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
-            train_dataset=Dataset.from_dict({'prompt': texts}), processing_class=words,
-            callbacks=[Turns()])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    report(f'iteration {args.dtype}, {cfg.batch_size} x {cfg.samples} x ({args.prompt} + '
-           f'{args.response})', {n: float(np.median(s[1:])) for n, s in seconds.items()}, found)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    stations = {'rollout': bench_rollout, 'train': bench_train, 'trl': bench_trl}
+    stations = {'rollout': bench_rollout, 'train': bench_train}
     parser.add_argument('--only', nargs='+', choices=stations, default=list(stations))
     parser.add_argument('--batch', type=int, nargs='+', default=[16, 32], help='responses (16 32)')
     parser.add_argument('--samples', type=int, default=4, help='K (4)')
