@@ -34,7 +34,7 @@ from model import (Discriminator, Log, adamw, all_sum, autocast, exponential, ga
 
 @dataclass
 class Config:
-    script = 'gumbel'                # no flag: a checkpoint's, which no other script resumes
+    script = 'gumbel'                # no annotation, so no flag: whose checkpoints it resumes
     # i/o
     out_dir: str = 'out/gumbel'      # where checkpoints, metrics, curves and samples go
     seed: int = 1                    # of new weights, the order of examples, the sampling noise
@@ -44,7 +44,7 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
+    eval_interval: int = 50          # steps to the next checkpoint and, of iterations, evaluation
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
     data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
@@ -53,13 +53,13 @@ class Config:
     max_response: int = 32           # R, tokens, with <|endoftext|>
     # model
     init_from: str = 'gpt2'          # gpt2[-medium|-large|-xl], distilgpt2, a path, or scratch
-    n_layer: int = 12                # of scratch
-    n_head: int = 12                 # of scratch
-    n_embd: int = 768                # of scratch
+    n_layer: int = 12                # layers, with --init_from scratch
+    n_head: int = 12                 # heads of a layer, with --init_from scratch
+    n_embd: int = 768                # channels, with --init_from scratch
     # warm start
     sft_iters: int = 8000            # MLE steps on gold answers; 0 for none
     sft_batch_size: int = 32         # examples of an MLE step
-    sft_lr: float = 3e-5             # its peak learning rate
+    sft_lr: float = 3e-5             # peak learning rate of the warm start
     # adversarial stage
     iters: int = 1000                # rollouts
     batch_size: int = 64             # prompts of a rollout
@@ -72,11 +72,11 @@ class Config:
     # discriminator
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
-    d_lr: float = 1e-5               # its learning rate
-    d_warmup_iters: int = 200        # at most so many iterations before the generator moves
-    d_warmup_acc: float = 0.75       # or until the running pair accuracy is there; 1: never
-    d_max_acc: float = 0.85          # it rests while the running pair accuracy is above; 1: never
-    d_dropout: float = 0.1           # in its own step only
+    d_lr: float = 1e-5               # learning rate of the discriminator
+    d_warmup_iters: int = 200        # at most so many iterations until the generator moves
+    d_warmup_acc: float = 0.75       # it moves sooner at this running pair accuracy; 1: never
+    d_max_acc: float = 0.85          # above it the discriminator rests; 1: never
+    d_dropout: float = 0.1           # of the discriminator, as it learns
     # gumbel
     encoding: Literal['soft', 'hard', 'mixed'] = 'soft'  # relaxed; one-hot; relaxed but for golds
 
@@ -115,8 +115,8 @@ def compared(response, mask, gold, gold_mask, prefixes):
     """
     Where samples (B, K, R) and gold answers (B, R) are to be told apart, (B, K, R) bool: nowhere in
     a tie; with prefixes, from the first difference to the end of the longer answer; else at the
-    last column, where both are over. All places of a batch weigh the same: by shares of its pair, a
-    prefix would weigh by what comes after it.
+    last column, where both are over. All places weigh the same: divided by the length of its pair,
+    a prefix's weight would depend on tokens that are not in it.
     """
     differ = (response != gold[:, None]).cumsum(-1) > 0
     if prefixes:
@@ -239,9 +239,8 @@ def mle_gradient(generator, batch, weight, cfg):
 
 
 def mle_step(generator, optimizer, train_set, step, cfg):
-    """Update number `step` of the warm start; dict: mle, the loss in nats per token, mle_norm, lr.
-    Its stream of batches is number 0, that of the rollouts 1, that of ppo.py's passages 2."""
-    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
+    """Update number `step` of the warm start; dict: mle, in nats per token, mle_norm, lr."""
+    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)     # stream 0
     lr = cfg.sft_lr * schedule(step, cfg.sft_iters)
     loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
@@ -332,7 +331,7 @@ def warm_start(generator, train_set, out, log, caught, cfg):
         record = {'sft_iter': step, **mle_step(generator, optimizer, train_set, step, cfg)}
         log.lap('warm start')
         log({**record, 'seconds': log.seconds})
-    save(path, generator, log, sft_iter=cfg.sft_iters, optimizer=None)
+    save(path, generator, log, sft_iter=cfg.sft_iters)
     return True
 
 
@@ -345,7 +344,7 @@ def train(cfg, caught=()):
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
-    given = open_device(cfg)
+    given = open_device(cfg)                         # what was auto, for a resume elsewhere
     out, lock = open_folder(cfg)                     # the lock holds as long as it is kept
     torch.manual_seed(cfg.seed)
     # data and models
@@ -355,9 +354,9 @@ def train(cfg, caught=()):
     reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
     if cfg.compile:
         generator.compile()
-    # warm start
     saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {'log_size': 0}
     log = Log(out, cfg, given, saved['log_size'])
+    # warm start
     if not warm_start(generator, train_set, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
@@ -371,6 +370,7 @@ def train(cfg, caught=()):
         generator.load_state_dict(saved['model'])
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
+    del saved                                        # gigabytes that the networks have now
     if cfg.compile:
         for network in reference, discriminator.trunk:
             network.compile()
@@ -390,7 +390,7 @@ def train(cfg, caught=()):
         # seeds of dropout and of sampling, so that a resumed run draws the same
         torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank())
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank())
-        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
+        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)       # stream 1
         batch = train_set.batch(shard(index), cfg.device)
         tau = TAU[0] + (TAU[1] - TAU[0]) * it / cfg.iters
         with autocast(cfg):

@@ -122,7 +122,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.caches = {}                  # kept: fresh memory is slow, graphs want the same one
-        self.low = None                   # blocks with matrices in autocast's dtype, for decoding
+        self.low = None                   # once compiled, blocks cast for decoding; [] before
         self.init_weights()
 
     def init_weights(self):
@@ -238,15 +238,12 @@ class GPT(nn.Module):
         self.cast()
         x = self.hidden(self.embed(prompt), pad, P, R, cache)[:, -1:].expand(-1, K, -1)
         for t in range(R):
-            logits = self.head(x / temperature if temperature > 0 else x)    # (B, K, V)
-            if temperature > 0:
-                if top_k is not None and top_k < logits.size(-1):
-                    least = logits.topk(top_k).values[..., -1:]
-                    logits = logits.masked_fill(logits < least, -math.inf)
-                token = self.pick(logits, uniform(logits.shape, logits, rng))
-            else:
-                token = logits.argmax(-1)
-            token = torch.where(alive, token, eos)                           # (B, K)
+            logits = self.head(x / (temperature or 1))                       # (B, K, V)
+            if top_k is not None and top_k < logits.size(-1):
+                least = logits.topk(top_k).values[..., -1:]
+                logits = logits.masked_fill(logits < least, -math.inf)
+            token = (self.pick(logits, uniform(logits.shape, logits, rng)) if temperature else
+                     logits.argmax(-1)).where(alive, eos)                    # (B, K)
             response[:, :, t], mask[:, :, t] = token, alive
             alive = alive & (token != eos)
             # on CUDA the host waits for a look at `alive`: every eighth token is enough
@@ -260,9 +257,9 @@ class GPT(nn.Module):
         return self.hidden(self.embed(token), pad, P, R, cache, t)
 
     @staticmethod
-    def pick(logits, uniform):
-        """Samples (B, K) of logits (B, K, V): -log(Exponential(1)) is Gumbel(0, 1)."""
-        return (logits - exponential(uniform.clone()).log_()).argmax(-1)
+    def pick(logits, u):
+        """Samples (B, K) of logits (B, K, V) by uniform u; -log(Exponential(1)) is Gumbel(0, 1)."""
+        return (logits - exponential(u.clone()).log_()).argmax(-1)
 
     def cast(self):
         """Casts the blocks' matrices for a rollout where decoding is compiled: under autocast it
@@ -281,8 +278,8 @@ class GPT(nn.Module):
                              list(self.h.parameters()))
 
     def cache(self, rows, columns):
-        """Keys and values of each layer, (rows, H, columns, D), kept in up to three shapes: an
-        evaluation and a rollout take turns."""
+        """Keys and values of each layer, (rows, H, columns, D), kept for three shapes: rollouts and
+        evaluations take turns, and there may be one more."""
         c, weight = self.config, self.wte.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
@@ -308,7 +305,8 @@ class GPT(nn.Module):
             block.compile()
         if self.wte.weight.is_cuda:
             self.decode = torch.compile(self.decode, mode='reduce-overhead', dynamic=False)
-            self.pick, self.low = torch.compile(self.pick), []
+            self.pick = torch.compile(self.pick)
+            self.low = []                 # from now on `cast` fills it
 
     @classmethod
     def from_pretrained(cls, source):
@@ -359,10 +357,10 @@ def uniform(shape, like, rng):
     return torch.empty(shape, dtype=like.dtype, device=like.device).uniform_(generator=rng)
 
 
-def exponential(uniform):
+def exponential(u):
     """Exponential(1) draws in place of uniform ones; never 0, so that their logarithm is finite. On
     a CPU five times as fast as exponential_()."""
-    return uniform.log_().neg_().clamp_(1e-30, 1e30)
+    return u.log_().neg_().clamp_(1e-30, 1e30)
 
 
 # -----------------------------------------------------------------------------
@@ -498,10 +496,11 @@ def read_weights(path):
 # flags and the command line of a script, from its Config
 
 def parse(argv, doc, Config, tiny, bounds, check):
-    """A Config from flags: their names, types, defaults and help are those of its fields. `bounds`
-    are (least, most) of the numbers that have others than 1, or 0 if not whole, and None, which is
-    no bound; `check` raises a ValueError where settings do not go together."""
-    source = ''.join(linecache.getlines(check.__code__.co_filename))         # '' if there is none
+    """A Config from flags: their names, types, defaults and help are those of its fields. `bounds`:
+    (least, most) where they are not 1, or 0 if not whole, and None. `check` may raise, too."""
+    # by the file of a function, for profilers take the place of __main__; '' if there is none
+    source = ''.join(linecache.getlines(check.__code__.co_filename))
+    source = source.partition('class Config')[2].partition('\n\n\n')[0]
     notes = dict(re.findall(r'^    (\w+): .*?  # +(.*)$', source, re.M))
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -513,7 +512,7 @@ def parse(argv, doc, Config, tiny, bounds, check):
             kind = dict(choices=get_args(f.type))
         else:
             kind = dict(type=f.type)
-        note = f'{notes.get(f.name, "")} (default: {f.default})'
+        note = f'{notes.get(f.name, "")} (default: {f.default})'.replace('%', '%%')
         parser.add_argument('--' + f.name, default=argparse.SUPPRESS, help=note, **kind)
     given = vars(parser.parse_args(argv))
     settings = dict(tiny) if given.get('tiny') else {}
@@ -522,7 +521,7 @@ def parse(argv, doc, Config, tiny, bounds, check):
     cfg = Config(**{**settings, **given})
     for name, value in asdict(cfg).items():
         if type(value) in (int, float):
-            least, most = bounds.get(name, (int(type(value) is int), None))
+            least, most = bounds.get(name, (1 if type(value) is int else 0, None))
             most = most or 2 ** 63 - 1
             if not least <= value <= most:
                 raise ValueError(f'--{name} {value}: give a number from {least} to {most}')
@@ -551,14 +550,14 @@ def catch_signals():
     caught, hangup = [], getattr(signal, 'SIGHUP', None)     # Windows has none
 
     def catch(number, _):
-        if number == hangup:                         # no more terminal to write to; it comes twice
+        if number == hangup:         # no terminal is left; kernel and shell may each send one
             sys.stdout = sys.stderr = open(os.devnull, 'w')
         elif caught:
             os._exit(128 + number)
         caught.append(number)
 
     for number in signal.SIGINT, signal.SIGTERM, hangup:
-        if number != hangup or number and signal.getsignal(number) != signal.SIG_IGN:
+        if number != hangup or (number and signal.getsignal(number) != signal.SIG_IGN):
             signal.signal(number, catch)
     return caught
 
@@ -566,8 +565,8 @@ def catch_signals():
 def load_generator(cfg, n_vocab):
     """The generator that --init_from names, on the device."""
     if cfg.init_from == 'scratch':
-        block_size = max(cfg.max_prompt + cfg.max_response, 2)
-        generator = GPT(GPTConfig(block_size, n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd))
+        generator = GPT(GPTConfig(cfg.max_prompt + cfg.max_response, n_vocab, cfg.n_layer,
+                                  cfg.n_head, cfg.n_embd))
     else:
         generator = GPT.from_pretrained(cfg.init_from)
     return generator.to(cfg.device).eval()
@@ -648,7 +647,7 @@ def signalled(caught):
 # -----------------------------------------------------------------------------
 # a run: checkpoints of tensors and plain values only, device, folder, log
 
-FORMAT = 1                        # of a run's checkpoints; raised when what it goes on from changes
+FORMAT = 1                        # of checkpoints: add 1 whenever what a run goes on from changes
 
 
 def save_checkpoint(path, state):
@@ -694,16 +693,17 @@ def settings_to_resume(given, Config):
     of the Config, or with the flags given."""
     file = last_checkpoint(given['out_dir'])
     if file is None:
-        raise ValueError(f'--resume: {given["out_dir"]} holds no checkpoint: run without --resume, '
-                         'or give the --out_dir of a run')
+        raise ValueError(f'--resume: no checkpoint in {given["out_dir"]}: give another --out_dir')
     saved = load_checkpoint(file)
     if not isinstance(saved, dict) or saved.get('format') != FORMAT:
-        raise ValueError(f'--resume: {file} is of no run, or of one by another version: start one, '
-                         'or give another --out_dir')
+        raise ValueError(f'--resume: {file} is of no run, or another version: start another run')
     settings = saved['settings']
     if saved['script'] != Config.script or settings.keys() - Config.__dataclass_fields__.keys():
-        raise ValueError(f'--resume: {file} is of another script, {saved["script"]}.py: give the '
-                         '--out_dir of a run of this one')
+        raise ValueError(f'--resume: {file} is of {saved["script"]}.py, another script or version: '
+                         'give the --out_dir of a run of this one')
+    if given.get('iters', math.inf) < saved.get('iter', 0):
+        raise ValueError(f'--resume with --iters {given["iters"]}: the run is at {saved["iter"]}: '
+                         'give as many or more')
     for name in 'data context max_prompt max_response n_layer n_head n_embd sft_iters'.split():
         if name in given and given[name] != settings[name]:
             raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
@@ -724,9 +724,9 @@ def open_device(cfg):
             cfg.device = f'cuda:{os.environ["LOCAL_RANK"]}'
         device = torch.empty(1, device=cfg.device).device
         if device.type not in ('cuda', 'mps', 'cpu'):
-            raise RuntimeError
+            raise RuntimeError(f'{device.type} is unknown')
         cfg.device = str(device)                     # with its number
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError) as e:      # the latter of a torch without CUDA
         raise ValueError(f'--device {cfg.device} is not to be had here: give another') from e
     cuda = device.type == 'cuda'
     if cuda:
@@ -764,8 +764,8 @@ def keep_freed_memory(keep=True):
 
 
 def open_folder(cfg):
-    """Makes out_dir, unless it holds a run, and returns it and its lock, which holds while it is
-    kept. Rank 0 writes and prints for all. Raises a ValueError naming the flag, or an OSError."""
+    """Makes out_dir; returns it and its lock, which holds while it is kept. Rank 0 writes and
+    prints for all. Raises an OSError, or a ValueError if the folder is in use or holds a run."""
     out = Path(cfg.out_dir)
     lock = FileLock(out / 'lock', timeout=0)
     if rank():
@@ -800,9 +800,9 @@ def autocast(cfg):
 class Log:
     """
     Appends records, dicts, to out_dir/metrics.jsonl, on rank 0, below a header with the config and
-    the device that it began on; prints the evaluations and every tenth of the others. A number that
-    is not finite is a FloatingPointError. What a checkpoint to go on from does not know of, after
-    `size` bytes, goes. Checkpoints take `settings`, with device, dtype and compile as `given`.
+    the device that it began on; prints the evaluations and every tenth of the others. A number in
+    one that is not finite is a FloatingPointError. To go on, the file is cut to `size` bytes, as it
+    was at the checkpoint. Checkpoints take `settings`, with device, dtype, compile as `given`.
     """
 
     def __init__(self, out, cfg, given, size=0):
@@ -828,7 +828,7 @@ class Log:
         if self.cuda:
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds = self.seconds | {station: now - self.start} if station else {}
+        self.seconds = {**self.seconds, station: now - self.start} if station else {}
         self.start = now
 
     def __call__(self, record):

@@ -32,7 +32,7 @@ from model import (Discriminator, Log, adamw, all_sum, autocast, gathered, hold_
 
 @dataclass
 class Config:
-    script = 'ppo'                   # no flag: a checkpoint's, which no other script resumes
+    script = 'ppo'                   # no annotation, so no flag: whose checkpoints it resumes
     # i/o
     out_dir: str = 'out/ppo'         # where checkpoints, metrics, curves and samples go
     seed: int = 1                    # of new weights, the order of examples, the sampling noise
@@ -42,7 +42,7 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    eval_interval: int = 50          # iterations from one evaluation and checkpoint to the next
+    eval_interval: int = 50          # steps to the next checkpoint and, of iterations, evaluation
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
     data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
@@ -51,13 +51,13 @@ class Config:
     max_response: int = 32           # R, tokens, with <|endoftext|>
     # model
     init_from: str = 'gpt2'          # gpt2[-medium|-large|-xl], distilgpt2, a path, or scratch
-    n_layer: int = 12                # of scratch
-    n_head: int = 12                 # of scratch
-    n_embd: int = 768                # of scratch
+    n_layer: int = 12                # layers, with --init_from scratch
+    n_head: int = 12                 # heads of a layer, with --init_from scratch
+    n_embd: int = 768                # channels, with --init_from scratch
     # warm start
     sft_iters: int = 8000            # MLE steps on gold answers; 0 for none
     sft_batch_size: int = 32         # examples of an MLE step
-    sft_lr: float = 3e-5             # its peak learning rate
+    sft_lr: float = 3e-5             # peak learning rate of the warm start
     # adversarial stage
     iters: int = 1000                # rollouts
     batch_size: int = 64             # prompts of a rollout
@@ -70,16 +70,16 @@ class Config:
     # discriminator
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
-    d_lr: float = 1e-5               # its learning rate
-    d_warmup_iters: int = 200        # at most so many iterations before the generator moves
-    d_warmup_acc: float = 0.75       # or until the running pair accuracy is there; 1: never
-    d_max_acc: float = 0.85          # it rests while the running pair accuracy is above; 1: never
-    d_dropout: float = 0.1           # in its own step only
-    reward: Literal['margin', 'score', 'none'] = 'margin'  # over the gold answer's, or the score
+    d_lr: float = 1e-5               # learning rate of the discriminator
+    d_warmup_iters: int = 200        # at most so many iterations until the generator moves
+    d_warmup_acc: float = 0.75       # it moves sooner at this running pair accuracy; 1: never
+    d_max_acc: float = 0.85          # above it the discriminator rests; 1: never
+    d_dropout: float = 0.1           # of the discriminator, as it learns
+    reward: Literal['margin', 'score', 'none'] = 'margin'  # over the gold's score; the whole score
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
     minibatch: int = 16              # prompts of an update
-    clip: float = 0.2                # epsilon: how far a ratio may leave 1, a value its old one
+    clip: float = 0.2                # epsilon: of ratios around 1, and of values around old ones
     lam: float = 0.95                # lambda of the advantage estimate; 1 trusts the returns alone
     critic_lr: float = 9e-6          # peak learning rate of the critic
     pretrain: float = 1.0            # gamma: weight of the likelihood of passages; 0 for none
@@ -122,8 +122,8 @@ def compared(response, mask, gold, gold_mask, prefixes):
     """
     Where samples (B, K, R) and gold answers (B, R) are to be told apart, (B, K, R) bool: nowhere in
     a tie; with prefixes, from the first difference to the end of the longer answer; else at the
-    last column, where both are over. All places of a batch weigh the same: by shares of its pair, a
-    prefix would weigh by what comes after it.
+    last column, where both are over. All places weigh the same: divided by the length of its pair,
+    a prefix's weight would depend on tokens that are not in it.
     """
     differ = (response != gold[:, None]).cumsum(-1) > 0
     if prefixes:
@@ -230,9 +230,8 @@ def mle_gradient(generator, batch, weight, cfg):
 
 
 def mle_step(generator, optimizer, train_set, step, cfg):
-    """Update number `step` of the warm start; dict: mle, the loss in nats per token, mle_norm, lr.
-    Its stream of batches is number 0, that of the rollouts 1, that of ppo.py's passages 2."""
-    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)
+    """Update number `step` of the warm start; dict: mle, in nats per token, mle_norm, lr."""
+    index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)     # stream 0
     lr = cfg.sft_lr * schedule(step, cfg.sft_iters)
     loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
@@ -267,7 +266,7 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
             'd_acc': n_right / n_pairs if n_pairs else None, 'tie_rate': 1 - n_pairs / n}
 
 
-PASSAGES = 16                        # of an update
+PASSAGES = 16                        # of one update
 APPROX_KL = .02                      # a rollout is left when pi is so far from pi_old, nats a token
 
 
@@ -293,8 +292,8 @@ class Past(NamedTuple):
 @torch.no_grad()
 def look_back(generator, reference, critic, batch, roll, rewards, cfg):
     """
-    What the updates on a rollout look back at, in their own micro-batches, so that the first ratio
-    is 1 but for rounding in bfloat16.
+    What the updates on a rollout look back at, in micro-batches of their size but of other rows, so
+    that the first ratio is 1 but for rounding.
 
     rewards  (B, K, R) of the discriminator; the KL penalty is taken off here
     returns  a Past; dict: kl and entropy, nats per token
@@ -346,8 +345,7 @@ def ppo_step(generator, critic, optimizers, batch, past, passages, running, shar
 
     passages  (N, T) ids; each update takes its own by the count in running; None for none
     share     of the peak learning rates
-    returns   dict: means over the updates of g_loss, v_loss, approx_kl, mle, pretrain (nats per
-              token), g_norm and v_norm; updates, their number
+    returns   dict: updates, their number; means of `ppo_gradient`'s and of pretrain, g_norm, v_norm
     """
     minibatches = [rows for _ in range(cfg.epochs)
                    for rows in torch.randperm(len(past.mask)).split(cfg.minibatch // world())]
@@ -389,7 +387,7 @@ def warm_start(generator, train_set, out, log, caught, cfg):
         record = {'sft_iter': step, **mle_step(generator, optimizer, train_set, step, cfg)}
         log.lap('warm start')
         log({**record, 'seconds': log.seconds})
-    save(path, generator, log, sft_iter=cfg.sft_iters, optimizer=None)
+    save(path, generator, log, sft_iter=cfg.sft_iters)
     return True
 
 
@@ -402,21 +400,22 @@ def train(cfg, caught=()):
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
-    given = open_device(cfg)
+    given = open_device(cfg)                         # what was auto, for a resume elsewhere
     out, lock = open_folder(cfg)                     # the lock holds as long as it is kept
     torch.manual_seed(cfg.seed)
     # data and models
     enc, train_set, dev_set = data.load(cfg)
     generator = load_generator(cfg, enc.n_vocab)
     data.check_fit(generator.config, enc, cfg)
-    passages = data.load_passages(train_set.examples, enc, cfg.max_prompt + cfg.max_response
-                                  ) if cfg.pretrain else None
+    length, passages = cfg.max_prompt + cfg.max_response, None
+    if cfg.pretrain:
+        passages = data.load_passages(train_set.examples, enc, length)
     reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
     if cfg.compile:
         generator.compile()
-    # warm start
     saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {'log_size': 0}
     log = Log(out, cfg, given, saved['log_size'])
+    # warm start
     if not warm_start(generator, train_set, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
@@ -432,6 +431,7 @@ def train(cfg, caught=()):
         generator.load_state_dict(saved['model'])
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
+    del saved                                        # gigabytes that the networks have now
     if cfg.compile:
         for network in reference, discriminator.trunk, critic.trunk:
             network.compile()
@@ -451,7 +451,7 @@ def train(cfg, caught=()):
         # seeds of dropout and of sampling, so that a resumed run draws the same
         torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank())
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank())
-        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)
+        index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)       # stream 1
         batch = train_set.batch(shard(index), cfg.device)
         with autocast(cfg):
             roll = generator.generate(batch.prompt, batch.pad, cfg.max_response, dev_set.eos,
@@ -477,7 +477,7 @@ def train(cfg, caught=()):
         if moving:
             if running['start'] is None:
                 running['start'] = it
-                critic.trunk.load_state_dict(discriminator.trunk.state_dict())   # its head is at 0
+                critic.trunk.load_state_dict(discriminator.trunk.state_dict())   # V is 0 at first
             share = schedule(it - running['start'], cfg.iters - running['start'])
             past, figures = look_back(generator, reference, critic, batch, roll, rewards, cfg)
             record |= {'lr': cfg.lr * share, **figures}

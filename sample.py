@@ -183,7 +183,7 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     gold = split.batch(range(len(split)), cfg.device)
     pairs = [torch.stack(z, 1) for z in ((gold.response, response), (gold.mask, mask))]
     scores = scores_of(discriminator, split, batches(split, size), *pairs, args)
-    real, fake = scores[:len(split), :, -1].unbind(1)
+    real, fake = scores[:len(split), :, -1].t().contiguous()                 # (N,) each
     # by the tokens: in one row, scores of equal answers differ by rounding
     right = torch.where((gold.response == response).all(1), .5, ((real - fake).sign() + 1) / 2)
     return figures | {'reward': fake.mean().item(), 'd_acc': right.mean().item()}, texts

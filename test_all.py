@@ -1706,7 +1706,7 @@ def test_a_collapse_is_known_and_stops_the_run():
 
 
 def test_a_mistake_is_one_sentence():
-    full, run = folder('full'), small_run(reinforce, '--iters', 0)
+    full, run, later = folder('full'), small_run(reinforce, '--iters', 0), small_run(reinforce)
     (full / 'metrics.jsonl').write_text('')
     ask, goes_on = '--ckpt gone.pt --question', f'--out_dir {run} --resume'
     for script, flags, words in (
@@ -1715,9 +1715,8 @@ def test_a_mistake_is_one_sentence():
             (sample, f'--plot {HERE}/lr=1.md', ['lr=1.md/metrics.jsonl', 'not found']),
             (sample, f'--plot {HERE}/README.md', ['README.md', 'not found']),
             (sample, f'--plot run={full}', [str(full), 'no metrics']),
-            (sample, '--ckpt gone.pt', ['--q']), (sample, f'{ask} " "', ['--question']),
-            (sample, f'{ask} x', ['gone.pt']),
-            (sample, f'{ask} x --samples 0', ['--samples 0', 'at least 1']),
+            (sample, '--ckpt gone.pt', ['--q']), (sample, f'{ask} x', ['gone.pt']),
+            (sample, f'{ask} " "', ['--q']), (sample, f'{ask} x --samples 0', ['--samples 0']),
             *((sample, f'{ask} x --test_lr {lr}', [f'--test_lr {lr}']) for lr in ('nan', '0')),
             *((sample, f'{ask} x --temperature {t}', [f'--temperature {t}', '0, or', '0.01'])
               for t in ('nan', '1e-38', 'inf', '-1.0')),
@@ -1738,14 +1737,14 @@ def test_a_mistake_is_one_sentence():
             *((reinforce, f'{goes_on} --{name} {value}', [f'--{name} {value}', f'has {has}'])
               for name, value, has in (('n_embd', 32, 16), ('max_response', 7, 6), ('data', 'x',
                                        'toy'), ('max_prompt', 9, 26), ('sft_iters', 9, 4))),
-            (ppo, goes_on, [str(run), 'another script', 'reinforce.py']),
+            (reinforce, f'--iters 3 --out_dir {later} --resume', ['--iters 3', 'is at 4']),
+            (ppo, goes_on, [str(run), 'of reinforce.py', 'another script']),
             (ppo, '--minibatch 1000', ['--minibatch 1000', '--batch_size 64']),
             (ppo, '--clip 0', ['--clip 0', 'from 0.001']),
             (bench, '--batch 6', ['--batch', '--samples 4']),
             (bench, '--mean_length nan', ['--mean_length nan', 'above 0']),
             (bench, '--prompt 1000', ['--prompt 1000', '--response 32', '1024']),
-            (bench, '--n_head 7', ['n_embd 768', 'n_head 7']),
-            (bench, f'--json {full}', [str(full)])):
+            (bench, '--n_head 7', ['n_embd 768', 'n_head 7']), (bench, f'--json {full}', ['full'])):
         flags = shlex.split(flags)
         if script is sample:
             refused(words, *flags)
@@ -1760,7 +1759,7 @@ def test_a_mistake_is_one_sentence():
     good = {'format': model.FORMAT, 'script': 'reinforce', 'settings': asdict(reinforce.Config())}
     for state, words in (([1], 'no run'), ({'model': {}, 'model_args': {}}, 'no run'),
                          ({**good, 'format': None}, 'version'), ({**good, 'format': 0}, 'version'),
-                         ({**good, 'script': 'ppo'}, 'another script, ppo.py'),
+                         ({**good, 'script': 'ppo'}, 'ppo.py, another script'),
                          ({**good, 'settings': {'mine': 1}}, 'another script')):
         save_checkpoint(file, state)
         raises(ValueError, ['--resume', 'ckpt.pt', words], parse, reinforce, '--resume',
@@ -1864,12 +1863,13 @@ def test_the_commands_of_the_readme():
 
 def test_flags_need_no_comments():
     """Profiled, --help has them; from standard input, or of a text without, it has less to say."""
-    text = (HERE / 'reinforce.py').read_text()
-    for how, given, said in ((['-m', 'cProfile', HERE / 'reinforce.py'], None, 'to save memory'),
-                             (['-'], text, '(default: 16)')):
-        done = subprocess.run([sys.executable, *how, '--help'], input=given, cwd=HERE, text=True,
-                              capture_output=True)
-        assert '--micro_batch' in done.stdout and said in done.stdout, done
+    at, text = folder('fork') / 'fork.py', (HERE / 'reinforce.py').read_text()
+    at.write_text(text.replace('to save memory', 'by 50% or so'))
+    for how, given, said in ((['-m', 'cProfile', at], None, '50% or so (default: 16)'),
+                             (['-'], text, 'MICRO_BATCH (default: 16)')):
+        done = subprocess.run([sys.executable, *how, '--help'], input=given, capture_output=True,
+                              env={**os.environ, 'PYTHONPATH': str(HERE)}, text=True)
+        assert said in ' '.join(done.stdout.split()), done
     scope = {'__name__': 'a cell'}
     exec(re.sub('  # .*', '', text), scope)
     cell = [scope[name] for name in ('__doc__', 'Config', 'TINY', 'BOUNDS', 'check')]
