@@ -466,9 +466,10 @@ def test_a_cut_prompt_keeps_its_answer():
 
 
 def test_batches_are_ordered_padded_and_masked():
-    """The order is a pure function of seed and step, and an epoch holds everything."""
+    """The order is a pure function of seed and step, an epoch holds everything in its own order."""
     batches = [data.order(10, 4, 7, step) for step in range(5)]
-    assert (np.sort(np.concatenate(batches).reshape(2, 10)) == np.arange(10)).all()
+    epochs = np.concatenate(batches).reshape(2, 10)
+    assert (np.sort(epochs) == np.arange(10)).all() and (epochs[0] != epochs[1]).any()
     assert np.array_equal(data.order(10, 4, 7, 3), batches[3])
     assert not np.array_equal(data.order(10, 4, 8, 0), batches[0])
     enc = data.load_tokenizer('toy')
@@ -2309,9 +2310,6 @@ def test_cuda_memory_is_what_was_promised():
         used = torch.cuda.max_memory_allocated() / 2 ** 30
         print(f'# {script.__name__}: {used:.1f} GiB')
         assert used < most, (script.__name__, used)
-
-
-# -----------------------------------------------------------------------------
 
 
 def run(name):
