@@ -121,7 +121,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.caches = {}                  # kept: fresh memory is slow, graphs want the same one
+        self.caches = {}                  # kept, for CUDA graphs want the same ones
         self.low = None                   # once compiled, blocks cast for decoding; [] before
         self.init_weights()
 
