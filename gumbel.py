@@ -5,14 +5,14 @@ Gumbel-softmax: the discriminator's gradient reaches the generator through its o
     z_t = softmax((logits_t + g_t) / tau)               Jang et al. (2017), g ~ Gumbel(0, 1) drawn
                                 so that y_t is the argmax of logits_t + g_t, Maddison et al. (2014)
     z*_t                                                the same of the gold answer's y*_t
-    min_G  E[ -log sigmoid(s(x, z) - s(x, z*)) ] + beta KL(pi || pi_SFT)
+    min_G  E[ -log sigmoid(s(x, z) - s(x, z*)) ] + beta KL(pi || pi_SFT)      and an MLE anchor
     max_D  E[ log sigmoid(s(x, z*) - s(x, z)) ]
 
 $ python gumbel.py --device cuda      GPT-2 124M on SQuAD 2.0
 $ python gumbel.py --tiny             a toy, on a CPU, in minutes
 
-Left out on purpose: gradients through what a token does to later ones (each prefix is ids, as it
-was sampled), samples of the relaxed distribution in evaluation.
+Left out on purpose: the score's gradient by what a token does to later logits (each prefix is ids,
+as it was sampled; the KL's is there), samples of the relaxed distribution in evaluation.
 """
 
 import copy
@@ -44,7 +44,7 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    eval_interval: int = 50          # steps to the next checkpoint and, of iterations, evaluation
+    eval_interval: int = 50          # steps between checkpoints; of iterations, evaluations too
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
     data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
@@ -154,8 +154,8 @@ def conditional_noise(logits, response, rng):
 
 
 def relax(logits, response, tau, rng):
-    """softmax((logits + noise) / tau), (..., R, V), through which gradients reach the logits: what
-    was relaxed when the response (..., R) was sampled, whose tokens are the argmax."""
+    """softmax((logits + noise) / tau), (..., R, V), through which gradients reach the logits; the
+    noise is one that samples the response (..., R), so its tokens are the argmax."""
     return ((logits + conditional_noise(logits.detach(), response, rng)) / tau).softmax(-1)
 
 
@@ -226,8 +226,8 @@ def score_shown(discriminator, batch, answers, mask, cfg):
 # training
 
 def mle_gradient(generator, batch, weight, cfg):
-    """Adds the gradient of weight x -log pi of a Batch's gold answers with their eos, in
-    micro-batches; returns -log pi, nats per token of all ranks."""
+    """Adds the gradient of weight times the loss, the mean -log pi of a token of a Batch's gold
+    answers with their eos, in micro-batches; returns the loss, nats per token of all ranks."""
     n_tokens, total = all_sum(batch.mask.sum()), torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
@@ -284,8 +284,8 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     One update by the discriminator's gradient through the relaxed samples, with the MLE anchor.
 
     The loss is over the prefixes that the discriminator learns from, for whole answers alone say
-    little about which token to change; their sum is divided by all tokens, those of ties too, the
-    KL's by the answers.
+    little about which token to change. Its sum is divided by the number of all sampled tokens,
+    those of ties too; that of the KL by the number of answers.
     returns  dict: g_loss, g_norm, mle, kl and entropy (nats per token)
     """
     n, n_tokens = roll.ended.numel() * world(), all_sum(roll.mask.sum())

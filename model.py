@@ -122,7 +122,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.caches = {}                  # kept, for CUDA graphs want the same ones
-        self.low = None                   # once compiled, blocks cast for decoding; [] before
+        self.low = None                   # once compiled on CUDA: blocks as cast, [] for none yet
         self.init_weights()
 
     def init_weights(self):
@@ -155,7 +155,7 @@ class GPT(nn.Module):
         cache    keys and values of each layer, two of (B, H, P + K*R, D), written in place
         t        (1,) with it, x (B, K, C) is token number t of each of the K answers instead
         """
-        columns = torch.arange(x.size(1), device=x.device)                   # where x stands
+        columns = torch.arange(x.size(1), device=x.device)    # where x stands; with t, its answer
         keys = columns
         if t is not None:
             columns, keys = P + R * columns + t, torch.arange(cache[0][0].size(2), device=x.device)
@@ -278,8 +278,8 @@ class GPT(nn.Module):
                              list(self.h.parameters()))
 
     def cache(self, rows, columns):
-        """Keys and values of each layer, (rows, H, columns, D), kept for three shapes: rollouts and
-        evaluations take turns, and there may be one more."""
+        """Keys and values of each layer, (rows, H, columns, D), kept for three shapes: a rollout's,
+        an evaluation's and one to spare."""
         c, weight = self.config, self.wte.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
@@ -497,8 +497,8 @@ def read_weights(path):
 
 def parse(argv, doc, Config, tiny, bounds, check):
     """A Config from flags: their names, types, defaults and help are those of its fields. `bounds`:
-    (least, most) where they are not 1, or 0 if not whole, and None. `check` may raise, too."""
-    # by the file of a function, for profilers take the place of __main__; '' if there is none
+    name to (least, most); else from 1, a float from 0, without a most. `check` may raise, too."""
+    # the text by check's file, for a profiler's __main__ is another module; '' if there is none
     source = ''.join(linecache.getlines(check.__code__.co_filename))
     source = source.partition('class Config')[2].partition('\n\n\n')[0]
     notes = dict(re.findall(r'^    (\w+): .*?  # +(.*)$', source, re.M))
@@ -545,8 +545,8 @@ def main(doc, Config, tiny, bounds, check, train, argv=None):
 
 
 def catch_signals():
-    """A list that SIGINT, SIGTERM or, unless it is ignored as under nohup, SIGHUP puts its number
-    into; another SIGINT or SIGTERM ends the process at once."""
+    """A list that gets the number of each SIGINT, SIGTERM and SIGHUP (not if that is ignored, as
+    under nohup); another SIGINT or SIGTERM ends the process at once."""
     caught, hangup = [], getattr(signal, 'SIGHUP', None)     # Windows has none
 
     def catch(number, _):
@@ -556,8 +556,8 @@ def catch_signals():
             os._exit(128 + number)
         caught.append(number)
 
-    for number in signal.SIGINT, signal.SIGTERM, hangup:
-        if number != hangup or (number and signal.getsignal(number) != signal.SIG_IGN):
+    for number in filter(None, (signal.SIGINT, signal.SIGTERM, hangup)):
+        if number != hangup or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, catch)
     return caught
 
@@ -594,7 +594,7 @@ def schedule(step, steps):
 
 
 def update(network, optimizer, lr):
-    """Sums the gradient over ranks, clips it, takes a step unless it is not finite; its norm."""
+    """Sums the gradient over ranks, clips it, takes a step if it is finite; its norm unclipped."""
     for p in network.parameters():
         if world() > 1 and p.grad is not None:
             dist.all_reduce(p.grad)
@@ -647,7 +647,7 @@ def signalled(caught):
 # -----------------------------------------------------------------------------
 # a run: checkpoints of tensors and plain values only, device, folder, log
 
-FORMAT = 1                        # of checkpoints: add 1 whenever what a run goes on from changes
+FORMAT = 1                        # of checkpoints: add 1 whenever they come to hold something else
 
 
 def save_checkpoint(path, state):
@@ -811,7 +811,7 @@ class Log:
         self.cuda, self.seconds, self.start = cfg.device.startswith('cuda'), {}, 0.0
         if self.writes and size and self.path.exists():
             os.truncate(self.path, min(size, self.size()))
-        elif self.writes:                            # a new run, all of whose inputs are loaded
+        elif self.writes:                            # a new run, all inputs loaded; or metrics lost
             for old in [] if cfg.resume else ['ckpt.pt', 'sft.pt']:
                 (out / old).unlink(missing_ok=True)
             name = torch.cuda.get_device_name(cfg.device) if self.cuda else cfg.device

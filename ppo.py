@@ -42,7 +42,7 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    eval_interval: int = 50          # steps to the next checkpoint and, of iterations, evaluation
+    eval_interval: int = 50          # steps between checkpoints; of iterations, evaluations too
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
     data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
@@ -75,7 +75,7 @@ class Config:
     d_warmup_acc: float = 0.75       # it moves sooner at this running pair accuracy; 1: never
     d_max_acc: float = 0.85          # above it the discriminator rests; 1: never
     d_dropout: float = 0.1           # of the discriminator, as it learns
-    reward: Literal['margin', 'score', 'none'] = 'margin'  # over the gold's score; the whole score
+    reward: Literal['margin', 'score', 'none'] = 'margin'  # s less the gold's, as tanh; s; or 0
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
     minibatch: int = 16              # prompts of an update
@@ -217,8 +217,8 @@ def reward(discriminator, batch, roll, cfg):
 # training
 
 def mle_gradient(generator, batch, weight, cfg):
-    """Adds the gradient of weight x -log pi of a Batch's gold answers with their eos, in
-    micro-batches; returns -log pi, nats per token of all ranks."""
+    """Adds the gradient of weight times the loss, the mean -log pi of a token of a Batch's gold
+    answers with their eos, in micro-batches; returns the loss, nats per token of all ranks."""
     n_tokens, total = all_sum(batch.mask.sum()), torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
@@ -292,8 +292,8 @@ class Past(NamedTuple):
 @torch.no_grad()
 def look_back(generator, reference, critic, batch, roll, rewards, cfg):
     """
-    What the updates on a rollout look back at, in micro-batches of their size but of other rows, so
-    that the first ratio is 1 but for rounding.
+    What the updates on a rollout look back at. Its micro-batches are others than theirs, so the
+    first ratio is 1 only up to rounding.
 
     rewards  (B, K, R) of the discriminator; the KL penalty is taken off here
     returns  a Past; dict: kl and entropy, nats per token

@@ -1,5 +1,5 @@
 """
-REINFORCE: the discriminator's score is the reward of a sampled answer.
+REINFORCE: the discriminator's score is the reward of a sampled answer; an MLE anchor rides along.
 
     max_G  E[ r(x, y) ] - beta KL(pi || pi_SFT)          y ~ pi(. | x), r from s, see `reward`
     grad = E[ sum_t (G_t - b) grad log pi(y_t | x, y_<t) ]               Williams (1992)
@@ -41,7 +41,7 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    eval_interval: int = 50          # steps to the next checkpoint and, of iterations, evaluation
+    eval_interval: int = 50          # steps between checkpoints; of iterations, evaluations too
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
     data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
@@ -74,7 +74,7 @@ class Config:
     d_warmup_acc: float = 0.75       # it moves sooner at this running pair accuracy; 1: never
     d_max_acc: float = 0.85          # above it the discriminator rests; 1: never
     d_dropout: float = 0.1           # of the discriminator, as it learns
-    reward: Literal['margin', 'score', 'none'] = 'margin'  # over the gold's score; the whole score
+    reward: Literal['margin', 'score', 'none'] = 'margin'  # s less the gold's, as tanh; s; or 0
     # reinforce
     baseline: Literal['loo', 'mean'] = 'loo'     # leave-one-out over K, or a running mean
 
@@ -193,8 +193,8 @@ def reward(discriminator, batch, roll, cfg):
 # training
 
 def mle_gradient(generator, batch, weight, cfg):
-    """Adds the gradient of weight x -log pi of a Batch's gold answers with their eos, in
-    micro-batches; returns -log pi, nats per token of all ranks."""
+    """Adds the gradient of weight times the loss, the mean -log pi of a token of a Batch's gold
+    answers with their eos, in micro-batches; returns the loss, nats per token of all ranks."""
     n_tokens, total = all_sum(batch.mask.sum()), torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
@@ -247,8 +247,8 @@ def reinforce_step(generator, reference, optimizer, batch, roll, rewards, runnin
     One policy-gradient update, with the MLE anchor.
 
     rewards   (B, K, R) of the discriminator; the KL penalty is taken off here
-    running_mean  of the return, for --baseline mean; None at the first step, whose own mean, with
-                  the sample itself in it, is biased by 1/n
+    running_mean  of the return, for --baseline mean; None at the first step, which takes its own
+                  mean: the sample itself is in it, so it is biased by 1/n
     returns   dict: g_loss, kl and entropy (nats per token), return_mean, mle, g_norm
     """
     n = roll.ended.numel() * world()
