@@ -11,8 +11,8 @@ Gumbel-softmax: the discriminator's gradient reaches the generator through its o
 $ python gumbel.py --device cuda      GPT-2 124M on SQuAD 2.0
 $ python gumbel.py --tiny             a toy, on a CPU, in minutes
 
-Left out on purpose: the score's gradient by what a token does to later logits (each prefix is ids,
-as it was sampled; the KL's is there), samples of the relaxed distribution in evaluation.
+Left out on purpose: the score's gradient through later logits, for the generator reads the sampled
+ids (the KL has that gradient, by score function); relaxed samples in evaluation.
 """
 
 import copy
@@ -44,11 +44,11 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    eval_interval: int = 50          # steps between checkpoints; of iterations, evaluations too
+    eval_interval: int = 50          # steps between checkpoints, and evaluations after warm start
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
     data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
-    context: bool = True             # put the passage into the prompt; the poster did not
+    context: bool = True             # put the passage into the prompt; README's poster did not
     max_prompt: int = 256            # P, tokens
     max_response: int = 32           # R, tokens, with <|endoftext|>
     # model
@@ -115,8 +115,8 @@ def compared(response, mask, gold, gold_mask, prefixes):
     """
     Where samples (B, K, R) and gold answers (B, R) are to be told apart, (B, K, R) bool: nowhere in
     a tie; with prefixes, from the first difference to the end of the longer answer; else at the
-    last column, where both are over. All places weigh the same: divided by the length of its pair,
-    a prefix's weight would depend on tokens that are not in it.
+    last column, where both, filled up with eos, are over. All places weigh the same: 1 / the length
+    of its pair would make a prefix's weight depend on tokens that are not in it.
     """
     differ = (response != gold[:, None]).cumsum(-1) > 0
     if prefixes:
@@ -164,8 +164,8 @@ def kl_penalty(logits, ref_logits, response, mask):
     KL(pi || reference) of samples, whose gradient is the exact one in expectation.
 
     logits, ref_logits  (B, K, R, V), the first with gradient; response, mask (B, K, R)
-    returns  the KL at each token, whose gradient is its own and, for what the token does to later
-             ones, that of its log-probability times the KL to come (score function);
+    returns  the KL at each token; its gradient is that KL's own plus, by score function, the
+             token's grad log pi times the KL still to come, for what it does to later tokens;
              the entropy of pi without gradient; (B, K, R), nats, 0 outside the mask
     """
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
@@ -188,7 +188,7 @@ def beside_gold(batch, roll):
 
 
 def response_logits(network, batch, response, cfg):
-    """Logits (B, N, R, V) over the temperature of N answers (B, N, R) to each prompt of a Batch."""
+    """Logits / temperature, (B, N, R, V), of N answers (B, N, R) to each prompt of a Batch."""
     with autocast(cfg):
         return network.head(network.response_hidden(batch.prompt, batch.pad, response)
                             / cfg.temperature)
@@ -227,7 +227,7 @@ def score_shown(discriminator, batch, answers, mask, cfg):
 
 def mle_gradient(generator, batch, weight, cfg):
     """Adds the gradient of weight times the loss, the mean -log pi of a token of a Batch's gold
-    answers with their eos, in micro-batches; returns the loss, nats per token of all ranks."""
+    answers or passages, in micro-batches; returns the loss, nats per token of all ranks."""
     n_tokens, total = all_sum(batch.mask.sum()), torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
@@ -255,7 +255,7 @@ def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, 
              (the mean score)
     """
     where = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes)
-    n, n_pairs = roll.ended.numel() * world(), all_sum(where.any(-1).sum()).item()
+    n, n_pairs = roll.ended.numel() * world(), all_sum(where.any(-1).sum()).item()  # n: ties too
     n_places = max(all_sum(where.sum()).item(), 1)
     learn = learn and n_pairs > 0
     discriminator.train(learn)
@@ -293,11 +293,11 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     sums = torch.zeros(4, device=where.device)
     for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
         answers, mask, logits = encode(generator, part, r, tau, rng, cfg)
-        shown = answers.detach().requires_grad_()    # the discriminator's weights get no gradient
+        shown = answers.detach().requires_grad_()
         scores = score_shown(discriminator, part, shown, mask, cfg)
         loss = (generator_loss(scores[:, :1].detach(), scores[:, 1:], cfg.d_loss) * w).sum()
         loss = loss / n_tokens
-        grad, = torch.autograd.grad(loss, shown)
+        grad, = torch.autograd.grad(loss, shown)     # the discriminator's weights get none
         with torch.no_grad():
             ref_logits = response_logits(reference, part, r.response, cfg)
         kl, entropy = kl_penalty(logits[:, 1:], ref_logits, r.response, r.mask)
@@ -344,7 +344,7 @@ def train(cfg, caught=()):
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
-    given = open_device(cfg)                         # what was auto, for a resume elsewhere
+    given = open_device(cfg)                         # as flagged; cfg's own auto are resolved
     out, lock = open_folder(cfg)                     # the lock holds as long as it is kept
     torch.manual_seed(cfg.seed)
     # data and models
@@ -387,7 +387,7 @@ def train(cfg, caught=()):
 
         # rollout
         log.lap()
-        # seeds of dropout and of sampling, so that a resumed run draws the same
+        # seeds of dropout and of sampling, the same in a resumed run: hash() salts no ints
         torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank())
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank())
         index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)       # stream 1
@@ -397,7 +397,7 @@ def train(cfg, caught=()):
             roll = generator.generate(batch.prompt, batch.pad, cfg.max_response, dev_set.eos,
                                       cfg.samples, cfg.temperature, rng=rng)
         record = {'iter': it, **data.health(*gathered(*roll, batch.response, batch.mask))}
-        running['sick'] = running['sick'] + 1 if record.pop('sick') else 0
+        running['sick'] = running['sick'] + 1 if record.pop('sick') else 0   # see data.health
         log.lap('rollout')
 
         # discriminator step

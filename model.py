@@ -155,7 +155,7 @@ class GPT(nn.Module):
         cache    keys and values of each layer, two of (B, H, P + K*R, D), written in place
         t        (1,) with it, x (B, K, C) is token number t of each of the K answers instead
         """
-        columns = torch.arange(x.size(1), device=x.device)    # where x stands; with t, its answer
+        columns = torch.arange(x.size(1), device=x.device)    # of x; with t, 0 to K - 1 as yet
         keys = columns
         if t is not None:
             columns, keys = P + R * columns + t, torch.arange(cache[0][0].size(2), device=x.device)
@@ -163,7 +163,7 @@ class GPT(nn.Module):
         #   prompt              \         .         .           \ up to its own column
         #   answer 0            #         \         .           . nothing
         #   answer 1            #         .         \           and nobody the padding
-        # `answer` a column is of, -1 for the prompt; `place`, where it would stand were that alone
+        # of each key: the number of its answer, -1 for the prompt; its column, were that alone
         answer = torch.where(keys < P, -1, (keys - P) // R)
         place = torch.where(keys < P, keys, P + (keys - P) % R)
         mask = (answer < 0) | (answer == answer[columns, None])              # (T, keys)
@@ -171,7 +171,7 @@ class GPT(nn.Module):
         # the diagonal too: a padding token sees no other, and a softmax over nothing is NaN
         mask = (mask | (keys == columns[:, None]))[:, None]                  # (B, 1, T, keys)
         x = self.dropout(x + self.wpe((place[columns] - pad[:, None]).clamp(min=0)))
-        for i, block in enumerate(self.h if t is None else self.low or self.h):
+        for i, block in enumerate(self.h if t is None or not self.low else self.low):
             x = block(x, mask, columns, None if cache is None else cache[i])
         return self.ln_f(x)
 
@@ -271,7 +271,7 @@ class GPT(nn.Module):
             self.low = []
             return
         if not self.low:
-            self.low = list(copy.deepcopy(self.h).requires_grad_(False).eval())
+            self.low = list(copy.deepcopy(self.h).requires_grad_(False).eval())      # eager again
             for m in (m for block in self.low for m in block.modules() if isinstance(m, nn.Linear)):
                 m.to(torch.get_autocast_dtype(device))
         torch._foreach_copy_([p for block in self.low for p in block.parameters()],

@@ -41,11 +41,11 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    eval_interval: int = 50          # steps between checkpoints; of iterations, evaluations too
+    eval_interval: int = 50          # steps between checkpoints, and evaluations after warm start
     eval_prompts: int = 500          # dev prompts of an evaluation
     # data
     data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
-    context: bool = True             # put the passage into the prompt; the poster did not
+    context: bool = True             # put the passage into the prompt; README's poster did not
     max_prompt: int = 256            # P, tokens
     max_response: int = 32           # R, tokens, with <|endoftext|>
     # model
@@ -115,8 +115,8 @@ def compared(response, mask, gold, gold_mask, prefixes):
     """
     Where samples (B, K, R) and gold answers (B, R) are to be told apart, (B, K, R) bool: nowhere in
     a tie; with prefixes, from the first difference to the end of the longer answer; else at the
-    last column, where both are over. All places weigh the same: divided by the length of its pair,
-    a prefix's weight would depend on tokens that are not in it.
+    last column, where both, filled up with eos, are over. All places weigh the same: 1 / the length
+    of its pair would make a prefix's weight depend on tokens that are not in it.
     """
     differ = (response != gold[:, None]).cumsum(-1) > 0
     if prefixes:
@@ -170,11 +170,11 @@ def reward(discriminator, batch, roll, cfg):
     """
     Rewards of the sampled answers, (B, K, R), 0 but at the last token; the mean score in logits.
 
-    margin  tanh((s - s*) / 2) = 2 sigmoid(s - s*) - 1, s* of the gold answer as far as that token,
-            or of all of it where prefixes have no score: 0 where the two cannot be told apart, -1
-            for a sure fake, however sure
+    margin  tanh((s - s*) / 2) = 2 sigmoid(s - s*) - 1, s* the gold answer's score at that token
+            (at its end, without d_prefixes): 0 where the two cannot be told apart, -1 for a sure
+            fake, however sure
     score   s itself, the poster's
-    none    0: what is left is the KL penalty and the anchor
+    none    0: what is left is the -1 below, the KL penalty, the anchor
     Whichever it is, an answer that does not end gets -1.
     """
     scores = torch.cat([score(discriminator, part, r, cfg)
@@ -194,7 +194,7 @@ def reward(discriminator, batch, roll, cfg):
 
 def mle_gradient(generator, batch, weight, cfg):
     """Adds the gradient of weight times the loss, the mean -log pi of a token of a Batch's gold
-    answers with their eos, in micro-batches; returns the loss, nats per token of all ranks."""
+    answers or passages, in micro-batches; returns the loss, nats per token of all ranks."""
     n_tokens, total = all_sum(batch.mask.sum()), torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
@@ -221,7 +221,7 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
     returns  dict: d_loss in nats per prefix, d_norm, d_acc (None if all tie), tie_rate
     """
     where = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes)
-    n, n_pairs = roll.ended.numel() * world(), all_sum(where.any(-1).sum()).item()
+    n, n_pairs = roll.ended.numel() * world(), all_sum(where.any(-1).sum()).item()  # n: ties too
     n_places = max(all_sum(where.sum()).item(), 1)
     learn = learn and n_pairs > 0
     discriminator.train(learn)
@@ -248,7 +248,7 @@ def reinforce_step(generator, reference, optimizer, batch, roll, rewards, runnin
 
     rewards   (B, K, R) of the discriminator; the KL penalty is taken off here
     running_mean  of the return, for --baseline mean; None at the first step, which takes its own
-                  mean: the sample itself is in it, so it is biased by 1/n
+                  mean: each sample is in it, which scales the gradient by 1 - 1/n
     returns   dict: g_loss, kl and entropy (nats per token), return_mean, mle, g_norm
     """
     n = roll.ended.numel() * world()
@@ -310,7 +310,7 @@ def train(cfg, caught=()):
     raises   ValueError, OSError, FloatingPointError: one sentence for the user
     """
     # setup
-    given = open_device(cfg)                         # what was auto, for a resume elsewhere
+    given = open_device(cfg)                         # as flagged; cfg's own auto are resolved
     out, lock = open_folder(cfg)                     # the lock holds as long as it is kept
     torch.manual_seed(cfg.seed)
     # data and models
@@ -353,7 +353,7 @@ def train(cfg, caught=()):
 
         # rollout
         log.lap()
-        # seeds of dropout and of sampling, so that a resumed run draws the same
+        # seeds of dropout and of sampling, the same in a resumed run: hash() salts no ints
         torch.manual_seed(hash((cfg.seed, it)) % 2 ** 31 + rank())
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank())
         index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)       # stream 1
@@ -362,7 +362,7 @@ def train(cfg, caught=()):
             roll = generator.generate(batch.prompt, batch.pad, cfg.max_response, dev_set.eos,
                                       cfg.samples, cfg.temperature, rng=rng)
         record = {'iter': it, **data.health(*gathered(*roll, batch.response, batch.mask))}
-        running['sick'] = running['sick'] + 1 if record.pop('sick') else 0
+        running['sick'] = running['sick'] + 1 if record.pop('sick') else 0   # see data.health
         log.lap('rollout')
 
         # discriminator step
