@@ -24,7 +24,7 @@ import torch
 
 import data
 import reinforce
-from model import GPT, GPTConfig, adamw, autocast, keep_freed_memory, open_device, update
+from model import GPT, GPTConfig, adam, autocast, keep_freed_memory, open_device, update
 
 EOS = 50256
 # the makers' figures: TFLOP/s in dense bfloat16, GB/s of memory
@@ -203,7 +203,7 @@ def bench_rollout(gpt, args, found):
 
 
 def bench_train(gpt, args, found):
-    """An AdamW step on -log pi of the response, from forward to weights."""
+    """An Adam step on -log pi of the response, from forward to weights."""
     B = args.batch[0] // 2
     ids, pad = prompts(B, args, False)
     response = torch.randint(0, 50000, (B, args.response), device=args.device)
@@ -214,7 +214,7 @@ def bench_train(gpt, args, found):
     peer = twin(gpt, args)
 
     def training(network):
-        optimizer = adamw(network)
+        optimizer = adam(network)
 
         def run():
             reinforce.mle_gradient(network, batch, 1.0, cfg)
@@ -223,7 +223,7 @@ def bench_train(gpt, args, found):
 
     runs = {name: training(network) for name, network in ours(gpt, args).items()}
     if peer is not None:
-        peer_optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5, fused=True)
+        peer_optimizer = torch.optim.Adam(peer.parameters(), lr=1e-5, fused=True)
 
         def step():
             with autocast(args):

@@ -28,8 +28,7 @@ FILES = {'train': 'train-v2.0.json', 'dev': 'dev-v2.0.json'}
 
 def load_examples(data, split, n=None):
     """
-    One split as a list of dicts: id, context, question, answers (texts, [] where unanswerable),
-    start (character of the first answer in the context, -1 where unanswerable).
+    One split as a list of dicts: id, context, question, answers (texts, [] where unanswerable).
 
     data    squad_v2, toy, toy-varied, or a directory with train-v2.0.json and dev-v2.0.json
     split   train or dev
@@ -58,8 +57,7 @@ def squad_examples(data, split):
                                     'offline, give --data a directory of official files '
                                     'or toy') from e
         return [{'id': r['id'], 'context': r['context'], 'question': r['question'],
-                 'answers': r['answers']['text'],
-                 'start': (r['answers']['answer_start'] or [-1])[0]} for r in rows]
+                 'answers': r['answers']['text']} for r in rows]
     path = Path(data) / FILES[split]
     if not path.is_file():
         raise FileNotFoundError(f'{path} not found: give --data squad_v2, toy or a directory with '
@@ -110,16 +108,11 @@ def read_squad(path, stamp=None):
                     if impossible != (not answers):
                         raise ValueError(f'{path}: {where_q} has is_impossible {impossible} and '
                                          f'{len(answers)} answers')
-                start = need(answers[0], 'answer_start', int, where_q) if answers else -1
-                if not -1 <= start < 2 ** 31:
-                    raise ValueError(f'{path}: {where_q} has answer_start {start}: that is in no '
-                                     'passage')
                 texts = [need(x, 'text', str, where_q) for x in answers]
                 if not all(map(str.strip, texts)):
                     raise ValueError(f'{path}: {where_q} has an empty answer')
                 yield {'id': qid, 'context': context,
-                       'question': need(qa, 'question', str, where_q),
-                       'answers': texts, 'start': start}
+                       'question': need(qa, 'question', str, where_q), 'answers': texts}
                 n += 1
     if not n:
         raise ValueError(f'{path} holds no question')
@@ -197,9 +190,8 @@ def toy_examples(split, size=None, varied=False):
                 share = 1 / np.arange(1, len(answers) + 1)
                 first = rng.choice(len(answers), p=share / share.sum())
                 answers.insert(0, answers.pop(first))
-        context = tell(f, without)
-        examples.append({'id': f'toy-{split}-{i}', 'context': context, 'question': ask(kind, f),
-                         'answers': answers, 'start': context.index(answers[0]) if answers else -1})
+        examples.append({'id': f'toy-{split}-{i}', 'context': tell(f, without),
+                         'question': ask(kind, f), 'answers': answers})
     return examples
 
 
@@ -232,65 +224,48 @@ class Batch(NamedTuple):
     mask: torch.Tensor        # (B, R) True up to and including eos
 
 
-def encode_prompt(example, enc, max_prompt, context=True, train=False):
+def encode_prompt(example, enc, max_prompt, context=True):
     """
-    Token ids of a prompt of at most max_prompt tokens, and whether it was cut to that.
-
-    The context gives way, and after it the question: in training so that the answer is in the
-    middle of what stays, in evaluation (and where there is no answer) from the left.
+    Token ids of a prompt of at most max_prompt tokens; the text of the passage that is in it, None
+    if nothing was cut. The passage gives way from the left, whatever its answer, and after it the
+    question: a cut that depended on the answer would tell it.
     """
     question = f'[QUESTION] {example["question"].strip()}\n[ANSWER]'
     if not context:
         tokens = enc.encode_ordinary(question)
-        return tokens[-max_prompt:], len(tokens) > max_prompt
+        return tokens[-max_prompt:], '' if len(tokens) > max_prompt else None
     head, tail = enc.encode_ordinary('[CONTEXT]'), enc.encode_ordinary('\n' + question)
-    text = ' ' + example['context'].strip()
-    body = enc.encode_ordinary(text)
+    body = enc.encode_ordinary(' ' + example['context'].strip())
     excess = len(head) + len(body) + len(tail) - max_prompt
     if excess <= 0:
-        return head + body + tail, False
-    left, (start, end) = excess, locate(example) if train else (-1, -1)
-    if start >= 0:
-        shift = 1 - len(example['context']) + len(example['context'].lstrip())   # into the text
-        ends = np.cumsum([len(piece) for piece in enc.decode_tokens_bytes(body)])
-        first, last = (np.searchsorted(ends, len(text[:i + shift].encode()), side) for i, side in
-                       ((start, 'right'), (end, 'left')))    # its first token, and its last
-        left = min(max((excess + first - (len(body) - 1 - last)) // 2, 0), excess)
-    body = body[left:max(left, len(body) - (excess - left))]
-    return (head + body + tail)[-max_prompt:], True
-
-
-def locate(example):
-    """Where in the context the answer starts and ends, characters: at `start`, or where it occurs
-    nearest to that, for files count from elsewhere or in bytes; (-1, -1) if it does not."""
-    answer, near = (example['answers'] or [''])[0].strip(), example['start']
-    pattern = f'(?={re.escape(answer)})'             # overlapping ones too
-    found = [m.start() for m in re.finditer(pattern, example['context']) if answer]
-    start = min(found, key=lambda i: abs(i - near), default=-1)
-    return start, start + len(answer) if found else -1
+        return head + body + tail, None
+    return (head + body[excess:] + tail)[-max_prompt:], enc.decode(body[excess:])
 
 
 class Split:
     """
     A split as arrays: prompts (N, P) left-padded, pads (N,), responses (N, R), lengths (N,).
 
-    Nothing is dropped silently: cut_prompts and cut_responses count what did not fit, moved the
-    answers that are not where `start` says.
+    The response is the first gold answer, or `unanswerable` where there is none, and where the cut
+    took the passage's only mention of it (as BERT has it for windows without the answer). Metrics
+    are of the examples' own answers. cut_prompts, lost_answers and cut_responses count these.
     """
 
-    def __init__(self, examples, enc, max_prompt, max_response, context=True, train=False):
+    def __init__(self, examples, enc, max_prompt, max_response, context=True):
         self.examples, self.eos, N = examples, enc.eot_token, len(examples)
         self.prompts = np.full((N, max_prompt), enc.eot_token, np.int32)
         self.responses = np.full((N, max_response), enc.eot_token, np.int32)
         self.pads, self.lengths = np.zeros(N, np.int64), np.zeros(N, np.int64)
-        self.cut_prompts = self.cut_responses = self.moved = 0
+        self.cut_prompts = self.lost_answers = self.cut_responses = 0
         for i, example in enumerate(examples):
-            prompt, cut = encode_prompt(example, enc, max_prompt, context, train)
+            prompt, left = encode_prompt(example, enc, max_prompt, context)
             answer = example['answers'][0].strip() if example['answers'] else UNANSWERABLE
+            if left is not None:
+                self.cut_prompts += 1
+                if context and answer in example['context'] and answer not in left:
+                    self.lost_answers += bool(example['answers'])
+                    answer = UNANSWERABLE
             response = enc.encode_ordinary(' ' + answer) + [enc.eot_token]
-            self.cut_prompts += cut
-            self.moved += bool(example['answers']) and not example['context'].startswith(
-                example['answers'][0], max(example['start'], 0))
             self.cut_responses += len(response) > max_response
             response = response[:max_response]
             self.prompts[i, max_prompt - len(prompt):] = prompt
@@ -317,12 +292,11 @@ def load(cfg):
     enc, splits = load_tokenizer(cfg.data), []
     for name in 'train', 'dev':
         examples = load_examples(cfg.data, name, cfg.eval_prompts if name == 'dev' else None)
-        split = Split(examples, enc, cfg.max_prompt, cfg.max_response, cfg.context,
-                      train=name == 'train')
-        moved = f', {split.moved} answers not at their answer_start' if split.moved else ''
+        split = Split(examples, enc, cfg.max_prompt, cfg.max_response, cfg.context)
         print(f'{name}: {len(split)} examples, {split.cut_prompts} prompts cut to '
-              f'{cfg.max_prompt} tokens, {split.cut_responses} answers cut to {cfg.max_response}'
-              + moved, flush=True)
+              f'{cfg.max_prompt} tokens ({split.lost_answers} answers lost with it, now '
+              f'{UNANSWERABLE}), {split.cut_responses} answers cut to {cfg.max_response}',
+              flush=True)
         splits.append(split)
     return enc, *splits
 
@@ -363,6 +337,12 @@ def parts(n, batch, *groups):
     """n rows at a time of a Batch and of more NamedTuples or tensors of as many rows."""
     for i in range(0, len(batch.pad), n):
         yield [take(group, slice(i, i + n)) for group in (batch, *groups)]
+
+
+def beside_gold(batch, roll):
+    """The gold answer and, after it, the samples of each prompt: ids and mask (B, 1 + K, R)."""
+    return (torch.cat((batch.response[:, None], roll.response), 1),
+            torch.cat((batch.mask[:, None], roll.mask), 1))
 
 
 def load_passages(examples, enc, length):
@@ -423,14 +403,18 @@ def score_answers(predictions, examples):
     Means of `score_answer` in percent.
 
     predictions  a string for each example
-    returns      dict: em, f1, and both for has_ (answerable) and no_ (unanswerable) examples;
-                 a group without examples is left out
+    returns      dict: those of `by_class`, and unanswerable, how many say that
     """
     rows = [score_answer(*pair) for pair in zip(predictions, examples, strict=True)]
-    rows = 100 * np.array(rows, float).reshape(-1, 2)
-    has = np.array([bool(e['answers']) for e in examples])
-    out = {}
-    for name, group in ('', np.full(len(rows), True)), ('has_', has), ('no_', ~has):
+    said = [normalize(p) == UNANSWERABLE for p in predictions]
+    return by_class(100 * np.array(rows), examples) | {'unanswerable': 100 * float(np.mean(said))}
+
+
+def by_class(rows, examples):
+    """Means of EM and F1, rows (N, 2), as a dict: em, f1, and both for has_ (answerable) and no_
+    (unanswerable) examples; a group without examples is left out."""
+    has, out = np.array([bool(e['answers']) for e in examples]), {}
+    for name, group in ('', has | True), ('has_', has), ('no_', ~has):
         if group.any():
             out[name + 'em'], out[name + 'f1'] = rows[group].mean(0).tolist()
     return out
@@ -455,15 +439,17 @@ def longest_run(responses, mask):
 def health(response, mask, ended, gold, gold_mask):
     """
     Figures of sampled answers: length in tokens with eos, eos_rate, and of the first one to each
-    prompt distinct2 and longest_run; `sick` if, beside the gold ones, it repeats itself or says
-    the same to all.
+    prompt distinct2 and longest_run; gold_distinct2, of the gold answers.
 
     response, mask   (B, K, R), ended (B, K); gold, gold_mask (B, R)
     """
-    answers = (response[:, 0], mask[:, 0]), (gold, gold_mask)
-    run, gold_run = (longest_run(*z).max().item() for z in answers)
-    bigrams, gold_bigrams = (distinct(*z, 2) for z in answers)
-    # not by entropy: it falls tenfold in healthy runs too
+    first = response[:, 0], mask[:, 0]
     return {'length': mask.sum(-1).float().mean().item(), 'eos_rate': ended.float().mean().item(),
-            'distinct2': bigrams, 'longest_run': run,
-            'sick': run > 3 * gold_run or bigrams < .5 * gold_bigrams}
+            'distinct2': distinct(*first, 2), 'longest_run': longest_run(*first).max().item(),
+            'gold_distinct2': distinct(gold, gold_mask, 2)}
+
+
+def sick(figures, at_start):
+    """Whether the answers of `health` repeat one another, as neither the gold ones do nor those of
+    the warm start did, of distinct-2 at_start. Not by entropy: it falls tenfold in healthy runs."""
+    return figures['distinct2'] < .5 * min(figures['gold_distinct2'], at_start)

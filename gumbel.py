@@ -5,7 +5,8 @@ Gumbel-softmax: the discriminator's gradient reaches the generator through its o
     z_t = softmax((logits_t + g_t) / tau)               Jang et al. (2017), g ~ Gumbel(0, 1) drawn
                                 so that y_t is the argmax of logits_t + g_t, Maddison et al. (2014)
     z*_t                                                the same of the gold answer's y*_t
-    min_G  E[ -log sigmoid(s(x, z) - s(x, z*)) ] + beta KL(pi || pi_SFT)      and an MLE anchor
+    min_G  E[ sum_t -log sigmoid(s(x, z_<=t) - s(x, z*_<=t)) ] + beta KL(pi || pi_SFT)
+                                                                an MLE anchor rides along
     max_D  E[ log sigmoid(s(x, z*) - s(x, z)) ]
 
 $ python gumbel.py --device cuda      GPT-2 124M on SQuAD 2.0
@@ -25,9 +26,9 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import (Discriminator, Log, adamw, all_sum, autocast, exponential, gathered, hold_last,
+from model import (Discriminator, Log, adam, all_sum, autocast, exponential, gathered, hold_last,
                    last_checkpoint, load_checkpoint, load_generator, main, open_device, open_folder,
-                   rank, save, schedule, shard, signalled, uniform, update, world)
+                   rank, save, schedule, shard, signalled, told, uniform, update, world)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -45,7 +46,7 @@ class Config:
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
     eval_interval: int = 50          # steps between checkpoints, and evaluations after warm start
-    eval_prompts: int = 500          # dev prompts of an evaluation
+    eval_prompts: int = 2000         # dev prompts of an evaluation
     # data
     data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
     context: bool = True             # put the passage into the prompt; README's poster did not
@@ -61,21 +62,21 @@ class Config:
     sft_batch_size: int = 32         # examples of an MLE step
     sft_lr: float = 3e-5             # peak learning rate of the warm start
     # adversarial stage
-    iters: int = 1000                # rollouts
+    iters: int = 2000                # rollouts
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, answers to each prompt
     temperature: float = 1.0         # of rollouts, of the policy learned, and of evaluation
     micro_batch: int = 16            # prompts of one backward pass; lower it to save memory
     beta: float = 0.02               # weight of the KL from the warm start, per nat
-    anchor: float = 0.1              # weight of MLE on the gold answers beside the score
-    lr: float = 5e-6                 # peak learning rate of the generator
+    anchor: float = 0.03             # weight of MLE on a gold answer, beside the score of a sample
+    lr: float = 1e-5                 # peak learning rate of the generator
     # discriminator
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
-    d_lr: float = 1e-5               # learning rate of the discriminator
-    d_warmup_iters: int = 200        # at most so many iterations until the generator moves
-    d_warmup_acc: float = 0.75       # it moves sooner at this running pair accuracy; 1: never
-    d_max_acc: float = 0.85          # above it the discriminator rests; 1: never
+    d_lr: float = 5e-5               # learning rate of the discriminator
+    d_warmup_iters: int = 500        # at most so many iterations until the generator moves
+    d_warmup_acc: float = 0.65       # it moves sooner at this running pair accuracy; 1: never
+    d_max_acc: float = 0.9           # above it the discriminator rests; 1: never
     d_dropout: float = 0.1           # of the discriminator, as it learns
     # gumbel
     encoding: Literal['soft', 'hard', 'mixed'] = 'soft'  # relaxed; one-hot; relaxed but for golds
@@ -83,12 +84,13 @@ class Config:
 
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
-    device='cpu', sft_iters=90, sft_batch_size=64, sft_lr=4e-3, iters=300, batch_size=128,
-    samples=2, micro_batch=128, beta=0.0, anchor=4.0, lr=4e-3, d_lr=2e-3,
-    d_warmup_iters=180, d_warmup_acc=.9, d_max_acc=.95, d_dropout=0.0, eval_interval=25)
+    device='cpu', sft_iters=120, sft_batch_size=64, sft_lr=4e-3, iters=600, batch_size=128,
+    samples=2, micro_batch=128, beta=0.0, anchor=0.0, lr=1e-3, d_lr=4e-3,
+    d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=1.0, d_dropout=0.0, eval_interval=25,
+    eval_prompts=500)
 BOUNDS = dict(seed=(0, None), sft_iters=(0, None), iters=(0, None), d_warmup_iters=(0, None),
               d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9))
-TAU = 1.0, .5                        # temperature of the relaxed samples, from start to end
+TAU = 1.0, .5                        # temperature of the relaxed samples, first and last
 
 
 def check(cfg):
@@ -181,12 +183,6 @@ def kl_penalty(logits, ref_logits, response, mask):
 # -----------------------------------------------------------------------------
 # scores and rewards
 
-def beside_gold(batch, roll):
-    """The gold answer and, after it, the samples of each prompt: ids and mask (B, 1 + K, R)."""
-    return (torch.cat((batch.response[:, None], roll.response), 1),
-            torch.cat((batch.mask[:, None], roll.mask), 1))
-
-
 def response_logits(network, batch, response, cfg):
     """Logits / temperature, (B, N, R, V), of N answers (B, N, R) to each prompt of a Batch."""
     with autocast(cfg):
@@ -204,7 +200,7 @@ def encode(generator, batch, roll, tau, rng, cfg):
     hard   one-hots with the gradient of the relaxed answer (straight-through, Jang et al. 2017)
     mixed  relaxed samples beside one-hot gold answers: the poster's trap
     """
-    response, mask = beside_gold(batch, roll)
+    response, mask = data.beside_gold(batch, roll)
     logits = response_logits(generator, batch, response, cfg)
     onehots = torch.zeros_like(logits).scatter_(-1, response[..., None], 1.0)
     answers = torch.where(mask[..., None], relax(logits, response, tau, rng), onehots)
@@ -226,77 +222,72 @@ def score_shown(discriminator, batch, answers, mask, cfg):
 # training
 
 def mle_gradient(generator, batch, weight, cfg):
-    """Adds the gradient of weight times the loss, the mean -log pi of a token of a Batch's gold
-    answers or passages, in micro-batches; returns the loss, nats per token of all ranks."""
-    n_tokens, total = all_sum(batch.mask.sum()), torch.zeros((), device=batch.mask.device)
+    """Adds the gradient of weight times -log pi of a Batch's gold answers or passages, summed over
+    all ranks' tokens, in micro-batches; returns the mean over these, in nats."""
+    total = torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
             logprobs, _ = generator.response_logprobs(part.prompt, part.pad, part.response[:, None])
-        loss = -(logprobs[:, 0] * part.mask).sum() / n_tokens
+        loss = -(logprobs[:, 0] * part.mask).sum()
         (weight * loss).backward()
         total += loss.detach()
-    return all_sum(total).item()
+    return (all_sum(total) / all_sum(batch.mask.sum())).item()
 
 
 def mle_step(generator, optimizer, train_set, step, cfg):
     """Update number `step` of the warm start; dict: mle, in nats per token, mle_norm, lr."""
     index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)     # stream 0
     lr = cfg.sft_lr * schedule(step, cfg.sft_iters)
-    loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
+    batch = train_set.batch(shard(index), cfg.device)
+    loss = mle_gradient(generator, batch, 1 / all_sum(batch.mask.sum()), cfg)
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
 
 
 def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, tau, rng, cfg):
     """
-    One update on all pairs of a gold and a sampled answer that differ, as `encode` shows them.
+    Scores the answers, as `encode` shows them, without dropout, and then, to learn, takes a step on
+    the same, those that differ.
 
-    learn    False to measure only
-    returns  dict: d_loss in nats per prefix, d_norm, d_acc (None if all tie), tie_rate, reward
-             (the mean score)
+    returns  dict: d_loss (from before the step, in nats per prefix, None if all tie), d_norm, and
+             what `told` tells
     """
-    where = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes)
-    n, n_pairs = roll.ended.numel() * world(), all_sum(where.any(-1).sum()).item()  # n: ties too
-    n_places = max(all_sum(where.sum()).item(), 1)
-    learn = learn and n_pairs > 0
-    discriminator.train(learn)
-    sums = torch.zeros(3, device=where.device)
+    where, kept = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes), []
+    n_places = all_sum(where.sum()).item()
+    learn = learn and n_places > 0
     for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
         with torch.no_grad():
             answers, mask, _ = encode(generator, part, r, tau, rng, cfg)
-        with torch.set_grad_enabled(learn):
-            scores = score_shown(discriminator, part, answers, mask, cfg)    # (b, 1 + K, R)
-            real, fake = scores[:, :1], scores[:, 1:]
-            loss = (discriminator_loss(real, fake, cfg.d_loss) * w).sum() / n_places
+            kept.append(score_shown(discriminator.eval(), part, answers, mask, cfg))
         if learn:
-            loss.backward()
-        right = ((real - fake)[..., -1].sign() + 1) / 2 * w.any(-1)          # .5 of equal scores
-        sums += torch.stack((loss.detach(), right.sum(), fake[..., -1].detach().sum()))
+            scores = score_shown(discriminator.train(), part, answers, mask, cfg)
+            loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * w
+            (loss.sum() / n_places).backward()
     discriminator.eval()
+    scores = torch.cat(kept)
+    loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * where
+    d_loss = all_sum(loss.sum()).item() / n_places if n_places else None
     d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
-    d_loss, n_right, total = all_sum(sums).tolist()
-    return {'d_loss': d_loss if n_pairs else None, 'd_norm': d_norm,
-            'd_acc': n_right / n_pairs if n_pairs else None, 'tie_rate': 1 - n_pairs / n,
-            'reward': total / n}
+    return {**told(*gathered(scores, where.any(-1))), 'd_loss': d_loss, 'd_norm': d_norm}
 
 
 def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr, tau, rng, cfg):
     """
     One update by the discriminator's gradient through the relaxed samples, with the MLE anchor.
 
-    The loss is over the prefixes that the discriminator learns from, for whole answers alone say
-    little about which token to change. Its sum is divided by the number of all sampled tokens,
-    those of ties too; that of the KL by the number of answers.
+    The loss is summed over the prefixes that the discriminator learns from, for whole answers alone
+    say little about which token to change; it and the KL are means over all sampled answers, ties
+    too. The discriminator is the one after its step.
     returns  dict: g_loss, g_norm, mle, kl and entropy (nats per token)
     """
-    n, n_tokens = roll.ended.numel() * world(), all_sum(roll.mask.sum())
+    n = roll.ended.numel() * world()
     where = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes)
     sums = torch.zeros(4, device=where.device)
     for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
         answers, mask, logits = encode(generator, part, r, tau, rng, cfg)
         shown = answers.detach().requires_grad_()
         scores = score_shown(discriminator, part, shown, mask, cfg)
-        loss = (generator_loss(scores[:, :1].detach(), scores[:, 1:], cfg.d_loss) * w).sum()
-        loss = loss / n_tokens
+        loss = generator_loss(scores[:, :1].detach(), scores[:, 1:], cfg.d_loss) * w
+        loss = loss.sum() / n
         grad, = torch.autograd.grad(loss, shown)     # the discriminator's weights get none
         with torch.no_grad():
             ref_logits = response_logits(reference, part, r.response, cfg)
@@ -306,14 +297,15 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     g_loss, kl, entropy, tokens = all_sum(sums).tolist()
     figures = {'g_loss': g_loss, 'kl': kl / tokens, 'entropy': entropy / tokens}
     if cfg.anchor:
-        figures['mle'] = mle_gradient(generator, batch, cfg.anchor, cfg)
+        n_prompts = len(batch.pad) * world()
+        figures['mle'] = mle_gradient(generator, batch, cfg.anchor / n_prompts, cfg)
     figures['g_norm'] = update(generator, optimizer, lr)
     return figures
 
 
 def warm_start(generator, train_set, out, log, caught, cfg):
     """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
-    path, optimizer, start = out / 'sft.pt', adamw(generator), 0
+    path, optimizer, start = out / 'sft.pt', adam(generator), 0
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
         generator.load_state_dict(saved['model'])
@@ -361,9 +353,11 @@ def train(cfg, caught=()):
         return None
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
-    optimizer, d_optimizer = adamw(generator), adamw(discriminator)
+    optimizer, d_optimizer = adam(generator), adam(discriminator)
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
-    start, running = 0, {'d_acc': .5, 'start': None, 'sick': 0}              # d_acc: chance
+    # d_acc, a running mean, starts at chance; distinct2 is the warm start's least
+    start = 0
+    running = {'d_acc': .5, 'start': None, 'sick': 0, 'distinct2': 1.0}
     # resume
     if 'running' in saved:                           # beyond the warm start
         start, running = saved['iter'], saved['running']
@@ -392,12 +386,10 @@ def train(cfg, caught=()):
         rng = torch.Generator(cfg.device).manual_seed(hash((cfg.seed, it, 1)) % 2 ** 31 + rank())
         index = data.order(len(train_set), cfg.batch_size, (cfg.seed, 1), it)       # stream 1
         batch = train_set.batch(shard(index), cfg.device)
-        tau = TAU[0] + (TAU[1] - TAU[0]) * it / cfg.iters
         with autocast(cfg):
             roll = generator.generate(batch.prompt, batch.pad, cfg.max_response, dev_set.eos,
                                       cfg.samples, cfg.temperature, rng=rng)
         record = {'iter': it, **data.health(*gathered(*roll, batch.response, batch.mask))}
-        running['sick'] = running['sick'] + 1 if record.pop('sick') else 0   # see data.health
         log.lap('rollout')
 
         # discriminator step
@@ -406,6 +398,11 @@ def train(cfg, caught=()):
         moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         learn = not moving or running['d_acc'] <= cfg.d_max_acc
+        if running['start'] is None:
+            running['distinct2'] = min(running['distinct2'], record['distinct2'])
+            running['start'] = it if moving else None
+        share = (it - running['start']) / (cfg.iters - running['start']) if moving else 0
+        tau = TAU[0] + (TAU[1] - TAU[0]) * share
         record |= discriminator_step(discriminator, generator, d_optimizer, batch, roll, learn, tau,
                                      rng, cfg)
         if record['d_acc'] is not None:
@@ -415,14 +412,14 @@ def train(cfg, caught=()):
 
         # generator step
         if moving:
-            if running['start'] is None:
-                running['start'] = it
             record['lr'] = cfg.lr * schedule(it - running['start'], cfg.iters - running['start'])
             record |= gumbel_step(generator, reference, discriminator, optimizer, batch, roll,
                                   record['lr'], tau, rng, cfg)
         log.lap('generator')
 
         # log
+        sick = moving and data.sick(record, running['distinct2'])
+        running['sick'] = running['sick'] + 1 if sick else 0
         log({**record, 'seconds': log.seconds})
         if running['sick'] > 20:                     # iterations in a row
             log.collapsed(it, data.to_text(roll.response[:, 0], roll.mask[:, 0], enc))

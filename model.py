@@ -399,6 +399,33 @@ def hold_last(scores, mask):
     return scores.gather(-1, torch.minimum(columns, mask.sum(-1, keepdim=True) - 1))
 
 
+def margin(scores, response, mask, ended, prefixes=True):
+    """
+    What a sampled answer is worth beside the gold one, (B, K): tanh((s - s*) / 2), which is
+    2 sigmoid(s - s*) - 1, in [-1, 1]; 0 for the gold answer itself, -1 for one that does not end.
+
+    scores, response, mask  (B, 1 + K, R), the gold answer first; scores as `hold_last` leaves them
+    ended     (B, K) whether eos came within R
+    prefixes  s* is the gold answer's score as far as the sample goes; without, of all of it
+    """
+    ends = mask[:, 1:].sum(-1) - 1                                           # (B, K) columns
+    gold = scores[:, 0].gather(1, ends) if prefixes else scores[:, :1, -1]
+    values = torch.where(ended, ((scores[:, 1:, -1] - gold) / 2).tanh(), -1.0)
+    return torch.where((response[:, 1:] == response[:, :1]).all(-1), 0.0, values)
+
+
+def told(scores, differ):
+    """
+    What scores (B, 1 + K, R), the gold answer first, say of the pairs that differ (B, K): dict:
+    d_acc, the share of them in which the gold answer's is higher, an equal one counting half, None
+    if there are none; tie_rate; score, the mean of the samples.
+    """
+    real, fake = scores[:, :1, -1], scores[:, 1:, -1]
+    right = ((real - fake).sign() + 1)[differ] / 2
+    return {'d_acc': right.mean().item() if len(right) else None,
+            'tie_rate': 1 - differ.float().mean().item(), 'score': fake.mean().item()}
+
+
 # -----------------------------------------------------------------------------
 # files in OpenAI's layout
 
@@ -578,11 +605,11 @@ def load_generator(cfg, n_vocab):
 GRAD_CLIP = 1.0                   # largest gradient norm, of each network
 
 
-def adamw(network):
+def adam(network):
     """The optimizer of a network; `update` sets its learning rate."""
     device = next(network.parameters()).device
-    return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-8,
-                             weight_decay=0.0, fused=device.type != 'mps')
+    return torch.optim.Adam(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-8,
+                            fused=device.type != 'mps')
 
 
 def schedule(step, steps):
@@ -647,7 +674,7 @@ def signalled(caught):
 # -----------------------------------------------------------------------------
 # a run: checkpoints of tensors and plain values only, device, folder, log
 
-FORMAT = 1                        # of checkpoints: add 1 whenever they come to hold something else
+FORMAT = 2                        # of checkpoints: add 1 whenever they come to hold something else
 
 
 def save_checkpoint(path, state):
@@ -844,7 +871,7 @@ class Log:
             f.write(json.dumps(record) + '\n')
         if 'dev' in record or at.endswith('0'):
             numbers = {**record, **record.get('dev', {})}.items()
-            tqdm.write('  '.join(f'{k} {v:.3f}' if isinstance(v, float) else f'{k} {v}'
+            tqdm.write('  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
                                  for k, v in numbers if isinstance(v, (int, float))),
                        file=sys.stdout)
             sys.stdout.flush()

@@ -3,7 +3,7 @@ PPO: InstructGPT's objective with the discriminator's score in the reward model'
 
     max_G  E[ r(x, y) - beta log(pi(y | x) / pi_SFT(y | x)) ] + gamma E[ log pi(passage) ]
                             Ouyang et al. (2022), equation 2; an MLE anchor rides along
-    step   mean_t min( w_t A_t, clip(w_t, 1 - eps, 1 + eps) A_t )      Schulman et al. (2017)
+    step   E[ sum_t min(w_t A_t, clip(w_t, 1 - eps, 1 + eps) A_t) ]    Schulman et al. (2017)
            w_t = pi / pi_old of token t, A_t by GAE from a critic      Schulman et al. (2016)
     max_D  E[ log sigmoid(s(x, y*) - s(x, y)) ]          or the minimax form, Goodfellow (2014)
 
@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import (Discriminator, Log, adamw, all_sum, autocast, gathered, hold_last,
+from model import (Discriminator, Log, adam, all_sum, autocast, gathered, hold_last,
                    last_checkpoint, linear_in_float32, load_checkpoint, load_generator, main,
-                   open_device, open_folder, rank, save, schedule, shard, signalled, update, world)
+                   margin, open_device, open_folder, rank, save, schedule, shard, signalled, told,
+                   update, world)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -43,7 +44,7 @@ class Config:
     overwrite: bool = False          # start anew in an out_dir that holds a run
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
     eval_interval: int = 50          # steps between checkpoints, and evaluations after warm start
-    eval_prompts: int = 500          # dev prompts of an evaluation
+    eval_prompts: int = 2000         # dev prompts of an evaluation
     # data
     data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
     context: bool = True             # put the passage into the prompt; README's poster did not
@@ -59,38 +60,38 @@ class Config:
     sft_batch_size: int = 32         # examples of an MLE step
     sft_lr: float = 3e-5             # peak learning rate of the warm start
     # adversarial stage
-    iters: int = 1000                # rollouts
+    iters: int = 2000                # rollouts
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, answers to each prompt
     temperature: float = 1.0         # of rollouts, of the policy learned, and of evaluation
     micro_batch: int = 16            # prompts of one backward pass; lower it to save memory
     beta: float = 0.02               # weight of the KL from the warm start, per nat
-    anchor: float = 0.1              # weight of MLE on the gold answers beside the score
+    anchor: float = 0.03             # weight of MLE on a gold answer, beside the score of a sample
     lr: float = 5e-6                 # peak learning rate of the generator
     # discriminator
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
-    d_lr: float = 1e-5               # learning rate of the discriminator
-    d_warmup_iters: int = 200        # at most so many iterations until the generator moves
-    d_warmup_acc: float = 0.75       # it moves sooner at this running pair accuracy; 1: never
-    d_max_acc: float = 0.85          # above it the discriminator rests; 1: never
+    d_lr: float = 5e-5               # learning rate of the discriminator
+    d_warmup_iters: int = 500        # at most so many iterations until the generator moves
+    d_warmup_acc: float = 0.65       # it moves sooner at this running pair accuracy; 1: never
+    d_max_acc: float = 0.9           # above it the discriminator rests; 1: never
     d_dropout: float = 0.1           # of the discriminator, as it learns
-    reward: Literal['margin', 'score', 'none'] = 'margin'  # s less the gold's, as tanh; s; or 0
+    reward: Literal['margin', 'score', 'random'] = 'margin'  # see `reward`; random is a control
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
     minibatch: int = 16              # prompts of an update
     clip: float = 0.2                # epsilon: of ratios around 1, and of values around old ones
     lam: float = 0.95                # lambda of the advantage estimate; 1 trusts the returns alone
     critic_lr: float = 9e-6          # peak learning rate of the critic
-    pretrain: float = 1.0            # gamma: weight of the likelihood of passages; 0 for none
+    pretrain: float = 0.1            # gamma: weight of the likelihood of passages; 0 for none
 
 
 TINY = dict(
     data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
-    device='cpu', sft_iters=90, sft_batch_size=64, sft_lr=4e-3, iters=300, batch_size=128,
-    samples=2, micro_batch=128, beta=0.01, anchor=4.0, lr=4e-3, d_lr=2e-3,
-    d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=.95, d_dropout=0.0, eval_interval=25,
-    minibatch=64, critic_lr=4e-3, pretrain=.7)
+    device='cpu', sft_iters=120, sft_batch_size=64, sft_lr=4e-3, iters=600, batch_size=64,
+    samples=4, micro_batch=64, beta=0.0, anchor=0.0, lr=3e-4, d_lr=4e-3,
+    d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=1.0, d_dropout=0.0, eval_interval=25,
+    eval_prompts=500, minibatch=32, critic_lr=4e-3, pretrain=0.0)
 BOUNDS = dict(seed=(0, None), sft_iters=(0, None), iters=(0, None), d_warmup_iters=(0, None),
               d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9),
               clip=(.001, 1e9), lam=(0, 1))
@@ -160,7 +161,7 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
     logprobs      (B, K, R) log-probabilities of the sampled tokens, nats, with gradient
     old_logprobs  (B, K, R) before the rollout's first update; no gradient, nor have advantages
-    returns       a sum: divide it by the tokens of the whole minibatch
+    returns       a sum: divide it by the number of samples, a constant, not by their tokens
     """
     ratio = ((logprobs - old_logprobs) * mask).exp()
     return -(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -183,87 +184,76 @@ def value_loss(values, old_values, returns, mask, clip):
 def score(discriminator, batch, roll, cfg):
     """Scores s_t, logits, of the gold answer and, after it, the samples of each prompt:
     (B, 1 + K, R), where an answer that is over keeps its last."""
-    response = torch.cat((batch.response[:, None], roll.response), 1)
-    mask = torch.cat((batch.mask[:, None], roll.mask), 1)
+    response, mask = data.beside_gold(batch, roll)
     with autocast(cfg):
         return hold_last(discriminator(batch.prompt, batch.pad, response), mask)
 
 
-@torch.no_grad()
-def reward(discriminator, batch, roll, cfg):
+def reward(scores, batch, roll, cfg):
     """
-    Rewards of the sampled answers, (B, K, R), 0 but at the last token; the mean score in logits.
+    Rewards of the sampled answers, (B, K, R), 0 but at the last token; scores (B, 1 + K, R).
 
-    margin  tanh((s - s*) / 2) = 2 sigmoid(s - s*) - 1, s* the gold answer's score at that token
-            (at its end, without d_prefixes): 0 where the two cannot be told apart, -1 for a sure
-            fake, however sure
-    score   s itself, the poster's
-    none    0: what is left is the -1 below, the KL penalty, the anchor
-    Whichever it is, an answer that does not end gets -1.
+    margin  tanh((s - s*) / 2), s* the gold answer's score at that token: see model.margin
+    score   s itself, the poster's, of answers that do not end, too
+    random  the margins of all samples, dealt out among them at random: a control
     """
-    scores = torch.cat([score(discriminator, part, r, cfg)
-                        for part, r in data.parts(cfg.micro_batch, batch, roll)])
-    gold, scores = scores[:, :1], scores[:, 1:]                              # (B, 1, R), (B, K, R)
-    if not cfg.d_prefixes:
-        gold = gold[..., -1:]
-    values = {'margin': ((scores - gold) / 2).tanh(), 'score': scores,
-              'none': torch.zeros_like(scores)}[cfg.reward]
-    values = torch.where(roll.ended[..., None], values, -1.0)
+    values = margin(scores, *data.beside_gold(batch, roll), roll.ended, cfg.d_prefixes)  # (B, K)
+    if cfg.reward == 'score':
+        values = scores[:, 1:, -1]
+    if cfg.reward == 'random':
+        values = values.flatten()[torch.randperm(values.numel())].view_as(values)
     last = roll.mask & ~F.pad(roll.mask[..., 1:], (0, 1))
-    return values * last, all_sum(scores[..., -1].mean()).item() / world()
+    return values[..., None] * last
 
 
 # -----------------------------------------------------------------------------
 # training
 
 def mle_gradient(generator, batch, weight, cfg):
-    """Adds the gradient of weight times the loss, the mean -log pi of a token of a Batch's gold
-    answers or passages, in micro-batches; returns the loss, nats per token of all ranks."""
-    n_tokens, total = all_sum(batch.mask.sum()), torch.zeros((), device=batch.mask.device)
+    """Adds the gradient of weight times -log pi of a Batch's gold answers or passages, summed over
+    all ranks' tokens, in micro-batches; returns the mean over these, in nats."""
+    total = torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
             logprobs, _ = generator.response_logprobs(part.prompt, part.pad, part.response[:, None])
-        loss = -(logprobs[:, 0] * part.mask).sum() / n_tokens
+        loss = -(logprobs[:, 0] * part.mask).sum()
         (weight * loss).backward()
         total += loss.detach()
-    return all_sum(total).item()
+    return (all_sum(total) / all_sum(batch.mask.sum())).item()
 
 
 def mle_step(generator, optimizer, train_set, step, cfg):
     """Update number `step` of the warm start; dict: mle, in nats per token, mle_norm, lr."""
     index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)     # stream 0
     lr = cfg.sft_lr * schedule(step, cfg.sft_iters)
-    loss = mle_gradient(generator, train_set.batch(shard(index), cfg.device), 1.0, cfg)
+    batch = train_set.batch(shard(index), cfg.device)
+    loss = mle_gradient(generator, batch, 1 / all_sum(batch.mask.sum()), cfg)
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
 
 
 def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
     """
-    One update on all pairs of a gold and a sampled answer that differ.
+    Scores the answers, without dropout, and then, to learn, takes a step on the pairs that differ.
 
-    learn    False to measure only
-    returns  dict: d_loss in nats per prefix, d_norm, d_acc (None if all tie), tie_rate
+    returns  the scores (B, 1 + K, R); dict: d_loss (of them, in nats per prefix, None if all tie),
+             d_norm, and what `told` tells
     """
-    where = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes)
-    n, n_pairs = roll.ended.numel() * world(), all_sum(where.any(-1).sum()).item()  # n: ties too
-    n_places = max(all_sum(where.sum()).item(), 1)
-    learn = learn and n_pairs > 0
-    discriminator.train(learn)
-    sums = torch.zeros(2, device=where.device)
+    where, kept = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes), []
+    n_places = all_sum(where.sum()).item()
+    learn = learn and n_places > 0
     for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
-        with torch.set_grad_enabled(learn):
-            scores = score(discriminator, part, r, cfg)                      # (b, 1 + K, R)
-            real, fake = scores[:, :1], scores[:, 1:]
-            loss = (discriminator_loss(real, fake, cfg.d_loss) * w).sum() / n_places
+        with torch.no_grad():
+            kept.append(score(discriminator.eval(), part, r, cfg))           # (b, 1 + K, R)
         if learn:
-            loss.backward()
-        right = ((real - fake)[..., -1].sign() + 1) / 2 * w.any(-1)          # .5 of equal scores
-        sums += torch.stack((loss.detach(), right.sum()))
+            scores = score(discriminator.train(), part, r, cfg)
+            loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * w
+            (loss.sum() / n_places).backward()
     discriminator.eval()
+    scores = torch.cat(kept)
+    loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * where
+    d_loss = all_sum(loss.sum()).item() / n_places if n_places else None
     d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
-    d_loss, n_right = all_sum(sums).tolist()
-    return {'d_loss': d_loss if n_pairs else None, 'd_norm': d_norm,
-            'd_acc': n_right / n_pairs if n_pairs else None, 'tie_rate': 1 - n_pairs / n}
+    return scores, {**told(*gathered(scores, where.any(-1))), 'd_loss': d_loss, 'd_norm': d_norm}
 
 
 PASSAGES = 16                        # of one update
@@ -318,13 +308,14 @@ def look_back(generator, reference, critic, batch, roll, rewards, cfg):
 
 def ppo_gradient(generator, critic, batch, past, cfg):
     """Adds a minibatch's gradients of policy and critic; dict: g_loss, v_loss, approx_kl, mle."""
-    n_tokens, sums = all_sum(past.mask.sum()), torch.zeros(3, device=past.mask.device)
+    n, n_tokens = past.mask[..., 0].numel() * world(), all_sum(past.mask.sum())
+    sums = torch.zeros(3, device=past.mask.device)
     for part, old in data.parts(cfg.micro_batch, batch, past):
         answers = part.prompt, part.pad, old.response
         with autocast(cfg):
             logprobs, _ = generator.response_logprobs(*answers, cfg.temperature)
         g_loss = clipped_policy_loss(logprobs, old.logprobs, old.advantages, old.mask,
-                                     cfg.clip) / n_tokens
+                                     cfg.clip) / n
         g_loss.backward()
         with autocast(cfg):
             values = critic(*answers)
@@ -335,7 +326,8 @@ def ppo_gradient(generator, critic, batch, past, cfg):
         sums += torch.stack((g_loss.detach(), v_loss.detach(), approx_kl))
     figures = dict(zip(('g_loss', 'v_loss', 'approx_kl'), all_sum(sums).tolist()))
     if cfg.anchor:
-        figures['mle'] = mle_gradient(generator, batch, cfg.anchor, cfg)
+        n_prompts = len(batch.pad) * world()
+        figures['mle'] = mle_gradient(generator, batch, cfg.anchor / n_prompts, cfg)
     return figures
 
 
@@ -353,23 +345,26 @@ def ppo_step(generator, critic, optimizers, batch, past, passages, running, shar
     for rows in minibatches:
         part, old = (data.take(z, rows.to(past.mask.device)) for z in (batch, past))
         figures = ppo_gradient(generator, critic, part, old, cfg)
+        if updates and figures['approx_kl'] > APPROX_KL:     # at the first, pi is pi_old
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            break
         if passages is not None:
             index = data.order(len(passages), PASSAGES, (cfg.seed, 2), running['updates'])
             drawn = data.passage_batch(passages[shard(index)], cfg.device)
-            figures['pretrain'] = mle_gradient(generator, drawn, cfg.pretrain, cfg)
+            weight = cfg.pretrain / all_sum(drawn.mask.sum())
+            figures['pretrain'] = mle_gradient(generator, drawn, weight, cfg)
         figures['g_norm'] = update(generator, optimizers[0], cfg.lr * share)
         figures['v_norm'] = update(critic, optimizers[1], cfg.critic_lr * share)
         updates.append(figures)
         running['updates'] += 1
-        if figures['approx_kl'] > APPROX_KL:
-            break
     means = {name: sum(f[name] for f in updates) / len(updates) for name in updates[0]}
     return means | {'updates': len(updates)}
 
 
 def warm_start(generator, train_set, out, log, caught, cfg):
     """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
-    path, optimizer, start = out / 'sft.pt', adamw(generator), 0
+    path, optimizer, start = out / 'sft.pt', adam(generator), 0
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
         generator.load_state_dict(saved['model'])
@@ -421,10 +416,12 @@ def train(cfg, caught=()):
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     critic = Critic(generator).to(cfg.device).eval()
-    optimizer, d_optimizer, critic_optimizer = map(adamw, (generator, discriminator, critic))
+    optimizer, d_optimizer, critic_optimizer = map(adam, (generator, discriminator, critic))
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer,
                     critic=critic, critic_optimizer=critic_optimizer)
-    start, running = 0, {'d_acc': .5, 'start': None, 'sick': 0, 'updates': 0}  # d_acc: chance
+    # d_acc, a running mean, starts at chance; distinct2 is the warm start's least
+    start = 0
+    running = {'d_acc': .5, 'start': None, 'sick': 0, 'distinct2': 1.0, 'updates': 0}
     # resume
     if 'running' in saved:                           # beyond the warm start
         start, running = saved['iter'], saved['running']
@@ -457,7 +454,6 @@ def train(cfg, caught=()):
             roll = generator.generate(batch.prompt, batch.pad, cfg.max_response, dev_set.eos,
                                       cfg.samples, cfg.temperature, rng=rng)
         record = {'iter': it, **data.health(*gathered(*roll, batch.response, batch.mask))}
-        running['sick'] = running['sick'] + 1 if record.pop('sick') else 0   # see data.health
         log.lap('rollout')
 
         # discriminator step
@@ -466,17 +462,21 @@ def train(cfg, caught=()):
         moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         learn = not moving or running['d_acc'] <= cfg.d_max_acc
-        record |= discriminator_step(discriminator, d_optimizer, batch, roll, learn, cfg)
+        if running['start'] is None:
+            running['distinct2'] = min(running['distinct2'], record['distinct2'])
+            running['start'] = it if moving else None
+        scores, figures = discriminator_step(discriminator, d_optimizer, batch, roll, learn, cfg)
+        record |= figures
         if record['d_acc'] is not None:
             running['d_acc'] = .9 * running['d_acc'] + .1 * record['d_acc']
         record['d_acc_mean'] = running['d_acc']
         log.lap('discriminator')
 
         # generator step
-        rewards, record['reward'] = reward(discriminator, batch, roll, cfg)
+        rewards = reward(scores, batch, roll, cfg)
+        record['reward'] = all_sum(rewards.sum()).item() / (roll.ended.numel() * world())
         if moving:
-            if running['start'] is None:
-                running['start'] = it
+            if running['start'] == it:
                 critic.trunk.load_state_dict(discriminator.trunk.state_dict())   # V is 0 at first
             share = schedule(it - running['start'], cfg.iters - running['start'])
             past, figures = look_back(generator, reference, critic, batch, roll, rewards, cfg)
@@ -486,6 +486,8 @@ def train(cfg, caught=()):
         log.lap('generator')
 
         # log
+        sick = moving and data.sick(record, running['distinct2'])
+        running['sick'] = running['sick'] + 1 if sick else 0
         log({**record, 'seconds': log.seconds})
         if running['sick'] > 20:                     # iterations in a row
             log.collapsed(it, data.to_text(roll.response[:, 0], roll.mask[:, 0], enc))

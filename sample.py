@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 from model import (GPT, Discriminator, autocast, hold_last, keep_freed_memory, load_checkpoint,
-                   memory_full, open_device, update)
+                   margin, memory_full, open_device, told, update)
 
 JUDGES, PAIRS = 3, 200           # fresh discriminators to a figure; fewer pairs are not judged
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32, temperature=1.0)
@@ -125,8 +125,9 @@ def examine(generator, split, enc, temperature, args):
     greedy = data.to_text(*answer(generator, split, 0, args), enc)
     response, mask = answer(generator, split, temperature, args)
     texts = data.to_text(response, mask, enc)
+    sampled = data.score_answers(texts, split.examples)
     figures = data.score_answers(greedy, split.examples) | {
-        'sample_f1': data.score_answers(texts, split.examples)['f1'],
+        'sample_f1': sampled['f1'], 'sample_unanswerable': sampled['unanswerable'],
         'length': mask.sum(1).float().mean().item(), 'distinct2': data.distinct(response, mask, 2)}
     return figures, texts, response, mask
 
@@ -173,20 +174,18 @@ def compare(args):
 
 @torch.no_grad()
 def evaluate_run(generator, discriminator, split, enc, cfg):
-    """Figures of a generator, and one sampled answer to each prompt, drawn as in a rollout: em and
-    f1 of greedy answers in percent (has_, no_: of answerable and unanswerable questions); of the
-    sampled sample_f1, length (tokens with eos), distinct2, reward (mean score in logits), d_acc
-    (share told from the gold ones, a tie counting half)."""
+    """Figures of a generator, and one sampled answer to each prompt, drawn as in a rollout: those
+    of `examine`; of the sampled reward (the mean margin), score, d_acc and tie_rate, as in a run's
+    log, d_acc None if all tie."""
     size = cfg.micro_batch * cfg.samples             # with one seed: always the same noise
     args = argparse.Namespace(**vars(cfg) | {'batch_size': size, 'seed': 0, 'top_k': None})
     figures, texts, response, mask = examine(generator, split, enc, cfg.temperature, args)
     gold = split.batch(range(len(split)), cfg.device)
     pairs = [torch.stack(z, 1) for z in ((gold.response, response), (gold.mask, mask))]
-    scores = scores_of(discriminator, split, batches(split, size), *pairs, args)
-    real, fake = scores[:len(split), :, -1].t().contiguous()                 # (N,) each
-    # by the tokens: in one row, scores of equal answers differ by rounding
-    right = torch.where((gold.response == response).all(1), .5, ((real - fake).sign() + 1) / 2)
-    return figures | {'reward': fake.mean().item(), 'd_acc': right.mean().item()}, texts
+    scores = scores_of(discriminator, split, batches(split, size), *pairs, args)[:len(split)]
+    worth = margin(scores, *pairs, response[:, -1:] == split.eos, cfg.d_prefixes)
+    differ = (gold.response != response).any(1, keepdim=True)
+    return figures | {'reward': worth.mean().item(), **told(scores, differ)}, texts
 
 
 def report(it, generator, discriminator, split, enc, out, log, cfg):
@@ -206,10 +205,11 @@ def finish(reference, generator, discriminator, split, enc, out, log, cfg):
     (out / 'samples.txt').write_text(side_by_side(split.examples[:20], answers), encoding='utf-8')
     figures = {'warm start': warm, 'tuned': tuned}
     columns = {'em': 'EM', 'f1': 'F1', 'sample_f1': 'F1 sampled', 'reward': 'reward',
-               'd_acc': 'd_acc', 'length': 'length', 'distinct2': 'distinct-2'}
+               'd_acc': 'd_acc', 'tie_rate': 'tie_rate', 'distinct2': 'distinct-2'}
     print(' ' * 12 + ''.join(f'{title:>12}' for title in columns.values()))
     for name, row in figures.items():
-        print(f'{name:12}' + ''.join(f'{row[key]:12.3f}' for key in columns), flush=True)
+        cells = ('–' if row[key] is None else f'{row[key]:.3f}' for key in columns)
+        print(f'{name:12}' + ''.join(f'{c:>12}' for c in cells), flush=True)
     log({'final': figures})
     return figures
 
@@ -310,7 +310,8 @@ def drift(generator, base, split, temperature, args):
 @torch.no_grad()
 def best_of(generator, discriminator, split, enc, temperature, args):
     """EM and F1 in percent of one of args.best_of samples to each prompt: the discriminator's
-    choice, any (their mean), the best. Does it know what the generator does not?"""
+    choice, any (their mean), the best; has_, no_: of answerable and unanswerable questions. Does it
+    know what the generator does not?"""
     n = args.best_of
     ids = answer(generator, split, temperature, args, n)                     # (N n, R)
     found = [data.score_answer(text, split.examples[i // n])
@@ -319,9 +320,9 @@ def best_of(generator, discriminator, split, enc, temperature, args):
     groups = batches(split, max(1, args.batch_size // n))
     scores = scores_of(discriminator, split, groups, *(z.unflatten(0, (-1, n)) for z in ids), args)
     chosen = scores[:len(split), :, -1].argmax(1).cpu().numpy()
-    means = {'chosen': found[np.arange(len(split)), chosen].mean(0), 'any': found.mean((0, 1)),
-             'possible': found.max(1).mean(0)}
-    return {'n': n} | {name: {'em': em.item(), 'f1': f1.item()} for name, (em, f1) in means.items()}
+    groups = {'chosen': found[np.arange(len(split)), chosen], 'any': found.mean(1),
+              'possible': found.max(1)}
+    return {'n': n} | {name: data.by_class(rows, split.examples) for name, rows in groups.items()}
 
 
 def judge(generator, base, discriminator, split, enc, temperature, args):
@@ -379,21 +380,26 @@ def evaluate(args):
 # tables and curves
 
 def row_of(f):
-    """Columns for what `judge` found, NaN if not known; 'of all' counts a tie as a half."""
+    """Columns for what `judge` found, or for the end of a run, NaN if not known; 'of all' counts a
+    tie as a half."""
+    if 'run' in f:
+        return row_of_run(f['run'])
     fresh, ties = f['fresh'], 100 * f['fresh']['ties'] / f['prompts']
     right = 100 * fresh['accuracy'] if fresh.get('judges', True) else np.nan
-    row = {'EM': f['em'], 'F1': f['f1'], 'F1 sampled': f['sample_f1'], 'told apart %': right,
+    row = {'EM': f['em'], 'F1': f['f1'], 'F1 sampled': f['sample_f1'],
+           'unanswerable %': f.get('sample_unanswerable', np.nan), 'told apart %': right,
            'of all %': right + ties / 100 * (50 - right), 'ties %': ties,
            'distinct-2': f['distinct2'], 'length dist.': f['length_distance'],
            'KL': f['kl'], 'perplexity': f['perplexity']}
     best = {'chosen': 'F1 chosen', 'any': 'F1 of any', 'possible': 'F1 possible'}
-    row |= {best[key]: z['f1'] for key, z in f.get('best_of', {}).items() if key in best}
+    for key, name in best.items() if 'best_of' in f else []:
+        row |= {name + group: f['best_of'][key].get(kind + 'f1', np.nan) for kind, group in
+                (('', ''), ('has_', ', HasAns'), ('no_', ', NoAns'))}
     return {header: float(value) for header, value in row.items()}
 
 
-def row_of_run(records):
-    """Columns for a run: its last evaluation, and whether it collapsed, which ends a run."""
-    last = {key: value for record in records for key, value in record.items()}
+def row_of_run(last):
+    """Columns for the last values of a run: its evaluation, and whether a collapse ended it."""
     keys = {'EM': 'em', 'F1': 'f1', 'F1 sampled': 'sample_f1', 'distinct-2': 'distinct2'}
     row = {header: last.get('dev', {}).get(key, np.nan) for header, key in keys.items()}
     return row | {'longest run': last.get('longest_run', np.nan),
@@ -413,23 +419,24 @@ def cell(header, values):
 
 
 def table(args):
-    """Prints evaluations or runs as Markdown; --out has the evaluations, in one file."""
+    """Prints evaluations or runs as Markdown; --out has their figures, in one file."""
     def parse(text):                                 # by name, figures and row of each seed
         return {name: [(f, row_of(f)) for f in seeds]
                 for name, seeds in json.loads(text)['results'].items()}
 
-    rows, judged = {}, {}                            # of each seed, by name
+    rows, results = {}, {}                           # of each seed, by name
     for name, path in names(args.table):
-        if Path(path).suffix != '.json':
-            rows.setdefault(name, []).append(row_of_run(read_run(path)))
-            continue
-        for label, seeds in read(path, parse, 'results', 'give what --evaluate wrote').items():
-            judged.setdefault(label, []).extend(figures for figures, _ in seeds)
+        if Path(path).suffix == '.json':
+            found = read(path, parse, 'results', 'give what --evaluate wrote')
+        else:
+            run = {k: value for record in read_run(path) for k, value in record.items()
+                   if k in ('iter', 'dev', 'longest_run', 'collapsed')}      # the last of each
+            found = {name: [({'run': run}, row_of_run(run))]}
+        for label, seeds in found.items():
+            results.setdefault(label, []).extend(figures for figures, _ in seeds)
             rows.setdefault(label, []).extend(row for _, row in seeds)
-    if args.out and not judged:
-        raise ValueError(f'--out {args.out} is for evaluations, .json files, and none is given')
     if args.out:
-        Path(args.out).write_text(json.dumps({'results': judged}, indent=1) + '\n')
+        Path(args.out).write_text(json.dumps({'results': results}, indent=1) + '\n')
     headers = list(dict.fromkeys(h for seeds in rows.values() for row in seeds for h in row))
     print('| ' + ' | '.join(['', *headers]) + ' |\n|' + '---|' * (1 + len(headers)))
     for label, seeds in rows.items():
@@ -438,7 +445,7 @@ def table(args):
 
 
 PANELS = {  # title: value of a record, None where it has none
-    'generator reward (mean score, logits)': lambda r: r.get('reward'),
+    'reward on dev (mean margin)': lambda r: r.get('dev', {}).get('reward'),
     'discriminator loss (nats)': lambda r: r.get('d_loss'),
     'pairs told apart (running mean)': lambda r: r.get('d_acc_mean'),
     'KL from the warm start (nats/token)': lambda r: r.get('kl'),
@@ -471,6 +478,7 @@ def draw(groups, out):
             at, values = curves(runs, value)
             ax.plot(at, [*map(np.mean, values)], color=hue, lw=1.8, label=name.replace('$', r'\$'))
             ax.fill_between(at, [*map(min, values)], [*map(max, values)], color=hue, alpha=.2, lw=0)
+        ax.set_visible(any(len(line.get_xdata()) for line in ax.lines))
         ax.set_title(title, color=grey, fontsize=11)
         ax.set_facecolor('none')
         ax.tick_params(colors=grey, labelsize=9)
