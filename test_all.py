@@ -1984,7 +1984,7 @@ def test_forks_and_controls_of_the_pages():
     with patched(sample, 'draw', lambda *a: None):
         scope['train'](parse(reinforce, *SMALL, '--out_dir', at.parent / 'run'))
     texts, rewards = kept[0]
-    assert len(texts) == 16 and rewards.shape[:2] == (8, 2) and rewards.count_nonzero(-1).max() == 1
+    assert len(texts) == 16 and rewards.shape[:2] == (8, 2) and rewards.count_nonzero(-1).max() < 2
     assert 0 <= rewards.min() and rewards.max() <= 1
     turns = re.findall(r"sed '(.*?)' (\S+)", pages[1])
     for turn, name in zip([turns[0], turns[0], turns[1]], ('reinforce', 'ppo', 'gumbel')):
