@@ -24,7 +24,7 @@ import torch
 
 import data
 import reinforce
-from model import GPT, GPTConfig, adam, autocast, keep_freed_memory, open_device, update
+from model import GPT, GPTConfig, adamw, autocast, keep_freed_memory, open_device, update
 
 EOS = 50256
 # the makers' figures: TFLOP/s in dense bfloat16, GB/s of memory
@@ -214,7 +214,7 @@ def bench_train(gpt, args, found):
     peer = twin(gpt, args)
 
     def training(network):
-        optimizer = adam(network)
+        optimizer = adamw(network)
 
         def run():
             reinforce.mle_gradient(network, batch, 1.0, cfg)

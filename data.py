@@ -247,8 +247,9 @@ class Split:
     A split as arrays: prompts (N, P) left-padded, pads (N,), responses (N, R), lengths (N,).
 
     The response is the first gold answer, or `unanswerable` where there is none, and where the cut
-    took the passage's only mention of it (as BERT has it for windows without the answer). Metrics
-    are of the examples' own answers. cut_prompts, lost_answers and cut_responses count these.
+    of the prompt took all that the passage says of it (as BERT has it for windows without the
+    answer); metrics are of the examples' own answers. cut_prompts, lost_answers, cut_responses:
+    how many prompts were cut, how many answers that took away, how many responses were cut.
     """
 
     def __init__(self, examples, enc, max_prompt, max_response, context=True):
@@ -275,6 +276,12 @@ class Split:
     def __len__(self):
         return len(self.examples)
 
+    def lost(self):
+        """What to say of answers that the cut took away; '' if there are none."""
+        answers = sum(bool(e['answers']) for e in self.examples)
+        said = f' (which took away {self.lost_answers} of {answers} answers: {UNANSWERABLE})'
+        return said if self.lost_answers else ''
+
     def batch(self, indices, device='cpu'):
         """The Batch of these example numbers, on `device`."""
         columns = np.arange(self.responses.shape[1])
@@ -294,9 +301,8 @@ def load(cfg):
         examples = load_examples(cfg.data, name, cfg.eval_prompts if name == 'dev' else None)
         split = Split(examples, enc, cfg.max_prompt, cfg.max_response, cfg.context)
         print(f'{name}: {len(split)} examples, {split.cut_prompts} prompts cut to '
-              f'{cfg.max_prompt} tokens ({split.lost_answers} answers lost with it, now '
-              f'{UNANSWERABLE}), {split.cut_responses} answers cut to {cfg.max_response}',
-              flush=True)
+              f'{cfg.max_prompt} tokens{split.lost()}, {split.cut_responses} answers cut to '
+              f'{cfg.max_response}', flush=True)
         splits.append(split)
     return enc, *splits
 
@@ -450,6 +456,6 @@ def health(response, mask, ended, gold, gold_mask):
 
 
 def sick(figures, at_start):
-    """Whether the answers of `health` repeat one another, as neither the gold ones do nor those of
-    the warm start did, of distinct-2 at_start. Not by entropy: it falls tenfold in healthy runs."""
+    """Whether distinct-2 of `health` is under half of the gold answers' and under half of at_start,
+    the least before the generator moved. Not by entropy: it falls tenfold in healthy runs."""
     return figures['distinct2'] < .5 * min(figures['gold_distinct2'], at_start)

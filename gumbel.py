@@ -5,9 +5,9 @@ Gumbel-softmax: the discriminator's gradient reaches the generator through its o
     z_t = softmax((logits_t + g_t) / tau)               Jang et al. (2017), g ~ Gumbel(0, 1) drawn
                                 so that y_t is the argmax of logits_t + g_t, Maddison et al. (2014)
     z*_t                                                the same of the gold answer's y*_t
+    max_D  E[ log sigmoid(s(x, z*_<=t) - s(x, z_<=t)) ]           t: from where they differ
     min_G  E[ sum_t -log sigmoid(s(x, z_<=t) - s(x, z*_<=t)) ] + beta KL(pi || pi_SFT)
-                                                                an MLE anchor rides along
-    max_D  E[ log sigmoid(s(x, z*) - s(x, z)) ]
+                                                                  an MLE anchor rides along
 
 $ python gumbel.py --device cuda      GPT-2 124M on SQuAD 2.0
 $ python gumbel.py --tiny             a toy, on a CPU, in minutes
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import (Discriminator, Log, adam, all_sum, autocast, exponential, gathered, hold_last,
+from model import (Discriminator, Log, adamw, all_sum, autocast, exponential, gathered, hold_last,
                    last_checkpoint, load_checkpoint, load_generator, main, open_device, open_folder,
                    rank, save, schedule, shard, signalled, told, uniform, update, world)
 
@@ -68,7 +68,7 @@ class Config:
     temperature: float = 1.0         # of rollouts, of the policy learned, and of evaluation
     micro_batch: int = 16            # prompts of one backward pass; lower it to save memory
     beta: float = 0.02               # weight of the KL from the warm start, per nat
-    anchor: float = 0.03             # weight of MLE on a gold answer, beside the score of a sample
+    anchor: float = 0.03             # weight of MLE on a gold answer, the sum over its tokens
     lr: float = 1e-5                 # peak learning rate of the generator
     # discriminator
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
@@ -222,8 +222,8 @@ def score_shown(discriminator, batch, answers, mask, cfg):
 # training
 
 def mle_gradient(generator, batch, weight, cfg):
-    """Adds the gradient of weight times -log pi of a Batch's gold answers or passages, summed over
-    all ranks' tokens, in micro-batches; returns the mean over these, in nats."""
+    """Adds this rank's gradient of weight times the sum of -log pi over the tokens of a Batch's
+    gold answers or passages, in micro-batches; returns the mean over all ranks' tokens, in nats."""
     total = torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
@@ -245,9 +245,10 @@ def mle_step(generator, optimizer, train_set, step, cfg):
 
 def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, tau, rng, cfg):
     """
-    Scores the answers, as `encode` shows them, without dropout, and then, to learn, takes a step on
-    the same, those that differ.
+    Scores the answers, as `encode` shows them, without dropout, and then takes a step on those of
+    them that differ from the gold ones.
 
+    learn    False for no step
     returns  dict: d_loss (from before the step, in nats per prefix, None if all tie), d_norm, and
              what `told` tells
     """
@@ -274,9 +275,9 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     """
     One update by the discriminator's gradient through the relaxed samples, with the MLE anchor.
 
-    The loss is summed over the prefixes that the discriminator learns from, for whole answers alone
-    say little about which token to change; it and the KL are means over all sampled answers, ties
-    too. The discriminator is the one after its step.
+    Of an answer the loss is the sum over the prefixes that the discriminator learns from, for whole
+    answers alone say little about which token to change; of answers, ties too, it and the KL are
+    means. The discriminator is the one after its step.
     returns  dict: g_loss, g_norm, mle, kl and entropy (nats per token)
     """
     n = roll.ended.numel() * world()
@@ -305,7 +306,7 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
 
 def warm_start(generator, train_set, out, log, caught, cfg):
     """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
-    path, optimizer, start = out / 'sft.pt', adam(generator), 0
+    path, optimizer, start = out / 'sft.pt', adamw(generator), 0
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
         generator.load_state_dict(saved['model'])
@@ -353,10 +354,10 @@ def train(cfg, caught=()):
         return None
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
-    optimizer, d_optimizer = adam(generator), adam(discriminator)
+    optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
-    # d_acc, a running mean, starts at chance; distinct2 is the warm start's least
     start = 0
+    # d_acc, a running mean, begins at chance; distinct2 is the least before the generator moves
     running = {'d_acc': .5, 'start': None, 'sick': 0, 'distinct2': 1.0}
     # resume
     if 'running' in saved:                           # beyond the warm start
@@ -400,7 +401,8 @@ def train(cfg, caught=()):
         learn = not moving or running['d_acc'] <= cfg.d_max_acc
         if running['start'] is None:
             running['distinct2'] = min(running['distinct2'], record['distinct2'])
-            running['start'] = it if moving else None
+            if moving:
+                running['start'] = it
         share = (it - running['start']) / (cfg.iters - running['start']) if moving else 0
         tau = TAU[0] + (TAU[1] - TAU[0]) * share
         record |= discriminator_step(discriminator, generator, d_optimizer, batch, roll, learn, tau,

@@ -605,11 +605,11 @@ def load_generator(cfg, n_vocab):
 GRAD_CLIP = 1.0                   # largest gradient norm, of each network
 
 
-def adam(network):
-    """The optimizer of a network; `update` sets its learning rate."""
+def adamw(network):
+    """The optimizer of a network, AdamW without decay, which is Adam; `update` sets its rate."""
     device = next(network.parameters()).device
-    return torch.optim.Adam(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-8,
-                            fused=device.type != 'mps')
+    return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-8,
+                             weight_decay=0.0, fused=device.type != 'mps')
 
 
 def schedule(step, steps):

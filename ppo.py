@@ -1,7 +1,7 @@
 """
 PPO: InstructGPT's objective with the discriminator's score in the reward model's place.
 
-    max_G  E[ r(x, y) - beta log(pi(y | x) / pi_SFT(y | x)) ] + gamma E[ log pi(passage) ]
+    max_G  E[ r(x, y) - beta log(pi(y | x) / pi_SFT(y | x)) ] + gamma E[ log pi(passage_t) ]
                             Ouyang et al. (2022), equation 2; an MLE anchor rides along
     step   E[ sum_t min(w_t A_t, clip(w_t, 1 - eps, 1 + eps) A_t) ]    Schulman et al. (2017)
            w_t = pi / pi_old of token t, A_t by GAE from a critic      Schulman et al. (2016)
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import (Discriminator, Log, adam, all_sum, autocast, gathered, hold_last,
+from model import (Discriminator, Log, adamw, all_sum, autocast, gathered, hold_last,
                    last_checkpoint, linear_in_float32, load_checkpoint, load_generator, main,
                    margin, open_device, open_folder, rank, save, schedule, shard, signalled, told,
                    update, world)
@@ -66,7 +66,7 @@ class Config:
     temperature: float = 1.0         # of rollouts, of the policy learned, and of evaluation
     micro_batch: int = 16            # prompts of one backward pass; lower it to save memory
     beta: float = 0.02               # weight of the KL from the warm start, per nat
-    anchor: float = 0.03             # weight of MLE on a gold answer, beside the score of a sample
+    anchor: float = 0.03             # weight of MLE on a gold answer, the sum over its tokens
     lr: float = 5e-6                 # peak learning rate of the generator
     # discriminator
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
@@ -76,7 +76,7 @@ class Config:
     d_warmup_acc: float = 0.65       # it moves sooner at this running pair accuracy; 1: never
     d_max_acc: float = 0.9           # above it the discriminator rests; 1: never
     d_dropout: float = 0.1           # of the discriminator, as it learns
-    reward: Literal['margin', 'score', 'random'] = 'margin'  # see `reward`; random is a control
+    reward: Literal['margin', 'score', 'random'] = 'margin'  # of a sample; random is a control
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
     minibatch: int = 16              # prompts of an update
@@ -193,9 +193,9 @@ def reward(scores, batch, roll, cfg):
     """
     Rewards of the sampled answers, (B, K, R), 0 but at the last token; scores (B, 1 + K, R).
 
-    margin  tanh((s - s*) / 2), s* the gold answer's score at that token: see model.margin
+    margin  tanh((s - s*) / 2), s* the gold answer's score: see model.margin
     score   s itself, the poster's, of answers that do not end, too
-    random  the margins of all samples, dealt out among them at random: a control
+    random  the margins of a rank's samples, dealt out among them at random: a control
     """
     values = margin(scores, *data.beside_gold(batch, roll), roll.ended, cfg.d_prefixes)  # (B, K)
     if cfg.reward == 'score':
@@ -210,8 +210,8 @@ def reward(scores, batch, roll, cfg):
 # training
 
 def mle_gradient(generator, batch, weight, cfg):
-    """Adds the gradient of weight times -log pi of a Batch's gold answers or passages, summed over
-    all ranks' tokens, in micro-batches; returns the mean over these, in nats."""
+    """Adds this rank's gradient of weight times the sum of -log pi over the tokens of a Batch's
+    gold answers or passages, in micro-batches; returns the mean over all ranks' tokens, in nats."""
     total = torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
@@ -233,8 +233,9 @@ def mle_step(generator, optimizer, train_set, step, cfg):
 
 def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
     """
-    Scores the answers, without dropout, and then, to learn, takes a step on the pairs that differ.
+    Scores the answers, without dropout, and then takes a step on the pairs that differ.
 
+    learn    False for no step
     returns  the scores (B, 1 + K, R); dict: d_loss (of them, in nats per prefix, None if all tie),
              d_norm, and what `told` tells
     """
@@ -308,7 +309,7 @@ def look_back(generator, reference, critic, batch, roll, rewards, cfg):
 
 def ppo_gradient(generator, critic, batch, past, cfg):
     """Adds a minibatch's gradients of policy and critic; dict: g_loss, v_loss, approx_kl, mle."""
-    n, n_tokens = past.mask[..., 0].numel() * world(), all_sum(past.mask.sum())
+    n, n_tokens = past.mask.flatten(0, 1).size(0) * world(), all_sum(past.mask.sum())
     sums = torch.zeros(3, device=past.mask.device)
     for part, old in data.parts(cfg.micro_batch, batch, past):
         answers = part.prompt, part.pad, old.response
@@ -364,7 +365,7 @@ def ppo_step(generator, critic, optimizers, batch, past, passages, running, shar
 
 def warm_start(generator, train_set, out, log, caught, cfg):
     """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
-    path, optimizer, start = out / 'sft.pt', adam(generator), 0
+    path, optimizer, start = out / 'sft.pt', adamw(generator), 0
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
         generator.load_state_dict(saved['model'])
@@ -416,11 +417,11 @@ def train(cfg, caught=()):
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     critic = Critic(generator).to(cfg.device).eval()
-    optimizer, d_optimizer, critic_optimizer = map(adam, (generator, discriminator, critic))
+    optimizer, d_optimizer, critic_optimizer = map(adamw, (generator, discriminator, critic))
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer,
                     critic=critic, critic_optimizer=critic_optimizer)
-    # d_acc, a running mean, starts at chance; distinct2 is the warm start's least
     start = 0
+    # d_acc, a running mean, begins at chance; distinct2 is the least before the generator moves
     running = {'d_acc': .5, 'start': None, 'sick': 0, 'distinct2': 1.0, 'updates': 0}
     # resume
     if 'running' in saved:                           # beyond the warm start
@@ -464,7 +465,8 @@ def train(cfg, caught=()):
         learn = not moving or running['d_acc'] <= cfg.d_max_acc
         if running['start'] is None:
             running['distinct2'] = min(running['distinct2'], record['distinct2'])
-            running['start'] = it if moving else None
+            if moving:
+                running['start'] = it
         scores, figures = discriminator_step(discriminator, d_optimizer, batch, roll, learn, cfg)
         record |= figures
         if record['d_acc'] is not None:

@@ -64,8 +64,8 @@ def task_of(sources, args, examples=None):
     examples = examples or data.load_examples(settings['data'], 'dev', args.prompts)
     split = data.Split(examples, enc, P, R, context)
     if split.cut_prompts:
-        print(f'{split.cut_prompts} of {len(split)} prompts cut to {P} tokens from the left',
-              file=sys.stderr)
+        print(f'{split.cut_prompts} of {len(split)} prompts cut to {P} tokens from the left'
+              f'{split.lost()}', file=sys.stderr)
     return enc, split, settings
 
 
@@ -175,8 +175,8 @@ def compare(args):
 @torch.no_grad()
 def evaluate_run(generator, discriminator, split, enc, cfg):
     """Figures of a generator, and one sampled answer to each prompt, drawn as in a rollout: those
-    of `examine`; of the sampled reward (the mean margin), score, d_acc and tie_rate, as in a run's
-    log, d_acc None if all tie."""
+    of `examine`; of the sampled reward (the mean margin, whatever --reward is), score, d_acc and
+    tie_rate, as a run logs them; Gumbel-softmax logs those of relaxed answers, these are of ids."""
     size = cfg.micro_batch * cfg.samples             # with one seed: always the same noise
     args = argparse.Namespace(**vars(cfg) | {'batch_size': size, 'seed': 0, 'top_k': None})
     figures, texts, response, mask = examine(generator, split, enc, cfg.temperature, args)
@@ -208,7 +208,7 @@ def finish(reference, generator, discriminator, split, enc, out, log, cfg):
                'd_acc': 'd_acc', 'tie_rate': 'tie_rate', 'distinct2': 'distinct-2'}
     print(' ' * 12 + ''.join(f'{title:>12}' for title in columns.values()))
     for name, row in figures.items():
-        cells = ('–' if row[key] is None else f'{row[key]:.3f}' for key in columns)
+        cells = ('-' if row[key] is None else f'{row[key]:.3f}' for key in columns)
         print(f'{name:12}' + ''.join(f'{c:>12}' for c in cells), flush=True)
     log({'final': figures})
     return figures
@@ -320,9 +320,9 @@ def best_of(generator, discriminator, split, enc, temperature, args):
     groups = batches(split, max(1, args.batch_size // n))
     scores = scores_of(discriminator, split, groups, *(z.unflatten(0, (-1, n)) for z in ids), args)
     chosen = scores[:len(split), :, -1].argmax(1).cpu().numpy()
-    groups = {'chosen': found[np.arange(len(split)), chosen], 'any': found.mean(1),
+    ranked = {'chosen': found[np.arange(len(split)), chosen], 'any': found.mean(1),
               'possible': found.max(1)}
-    return {'n': n} | {name: data.by_class(rows, split.examples) for name, rows in groups.items()}
+    return {'n': n} | {name: data.by_class(rows, split.examples) for name, rows in ranked.items()}
 
 
 def judge(generator, base, discriminator, split, enc, temperature, args):
@@ -369,10 +369,10 @@ def evaluate(args):
             results.setdefault(label, []).append(f)
             keep_freed_memory(False)
             row = [f'{header} {cell(header, [value])}' for header, value in row_of(f).items()]
-            told = ('told apart {accuracy:.1%} [{low:.1%}, {high:.1%}]' if f['fresh']['judges'] else
+            test = ('told apart {accuracy:.1%} [{low:.1%}, {high:.1%}]' if f['fresh']['judges'] else
                     f'none judged, for want of {PAIRS} or of steps')
-            told = ('{pairs} pairs that differ, {ties} ties; ' + told).format(**f['fresh'])
-            print(f'\n{label}, at {temperature}: {", ".join(row)}\n  {told}', flush=True)
+            test = ('{pairs} pairs that differ, {ties} ties; ' + test).format(**f['fresh'])
+            print(f'\n{label}, at {temperature}: {", ".join(row)}\n  {test}', flush=True)
             out.write_text(json.dumps({'setup': setup, 'results': results}, indent=1) + '\n')
 
 
@@ -387,7 +387,8 @@ def row_of(f):
     fresh, ties = f['fresh'], 100 * f['fresh']['ties'] / f['prompts']
     right = 100 * fresh['accuracy'] if fresh.get('judges', True) else np.nan
     row = {'EM': f['em'], 'F1': f['f1'], 'F1 sampled': f['sample_f1'],
-           'unanswerable %': f.get('sample_unanswerable', np.nan), 'told apart %': right,
+           'unanswerable %': f.get('unanswerable', np.nan),
+           '… sampled': f.get('sample_unanswerable', np.nan), 'told apart %': right,
            'of all %': right + ties / 100 * (50 - right), 'ties %': ties,
            'distinct-2': f['distinct2'], 'length dist.': f['length_distance'],
            'KL': f['kl'], 'perplexity': f['perplexity']}
@@ -400,7 +401,8 @@ def row_of(f):
 
 def row_of_run(last):
     """Columns for the last values of a run: its evaluation, and whether a collapse ended it."""
-    keys = {'EM': 'em', 'F1': 'f1', 'F1 sampled': 'sample_f1', 'distinct-2': 'distinct2'}
+    keys = {'EM': 'em', 'F1': 'f1', 'F1 sampled': 'sample_f1', 'unanswerable %': 'unanswerable',
+            'distinct-2': 'distinct2'}
     row = {header: last.get('dev', {}).get(key, np.nan) for header, key in keys.items()}
     return row | {'longest run': last.get('longest_run', np.nan),
                   'stopped at': str(last['iter']) if 'collapsed' in last else '',

@@ -439,8 +439,10 @@ def test_the_cut_of_a_prompt_tells_nothing():
                 ([answer], ['Lisbon', words[-1]], [words[-1]], ['Otto Falk'], [])]
     for P, end in (64, words[-10:]), (5, []), (3, []):
         cut = {tuple(data.encode_prompt(e, enc, P)[0]) for e in examples}
-        assert len(cut) == 1 and len(cut := cut.pop()) == P
-        assert enc.decode([*cut]).endswith((' '.join(['', *end, ]) + f'\n{ask}')[-8:])
+        assert [len(tokens) for tokens in cut] == [P]
+        cut, = cut
+        tail = ' '.join(['', *end]) + f'\n{ask}' if P > 3 else ' Who ?\n[ANSWER]'
+        assert enc.decode([*cut]).endswith(tail)
         split = data.Split(examples, enc, P, 20)
         found = data.to_text(*split.batch(range(5))[2:], enc)
         kept = [answer, data.UNANSWERABLE, words[-1]] if end else [data.UNANSWERABLE] * 3
@@ -535,9 +537,10 @@ def test_real_squad():
     cut = np.array([data.encode_prompt(e, enc, 256)[1] is not None for e in train])
     ends = np.array([f'{e["context"].strip()}\n[QUESTION]'[-30:] in enc.decode(p.tolist())
                      for e, p in zip(train, split.prompts)])
-    assert ends.all() and cut[has].sum() > 1000 < 2 * cut[~has].sum()        # of either class
+    assert ends.all() and cut[has].sum() > 1000 and cut[~has].sum() > 500    # of either class
     responses = data.to_text(*split.batch(np.flatnonzero(has))[2:], enc)
-    assert split.lost_answers == responses.count(data.UNANSWERABLE) > 100
+    assert split.lost_answers == responses.count(data.UNANSWERABLE)
+    assert .03 < split.lost_answers / has.sum() < .04
 
 
 # -----------------------------------------------------------------------------
@@ -858,7 +861,7 @@ def test_no_token_after_eos_moves_anything():
     found = []
     for garbage in False, True:
         cfg, policy, reference, critic, batch, roll, rewards, optimizers, passages = ppo_case(
-            '--beta', '.1')
+            '--beta', '.1', '--anchor', '.4', '--pretrain', '.7')
         if garbage:
             junk = torch.randint(0, 12, roll.response.shape)
             roll = roll._replace(response=roll.response.where(roll.mask, junk))
@@ -878,7 +881,7 @@ def test_ppo_takes_minibatches_and_stops_early():
     for limit, updates in (1e-7, 1), (1e9, 6):       # the first ratio is 1, the second is not
         cfg, policy, reference, critic, batch, roll, rewards, _, passages = ppo_case(
             '--epochs', '3', '--minibatch', '2', '--pretrain', '0', '--anchor', '.1')
-        optimizers, running = [model.adam(net) for net in (policy, critic)], {'updates': 0}
+        optimizers, running = [model.adamw(net) for net in (policy, critic)], {'updates': 0}
         cfg.lr = cfg.critic_lr = 1e-3
         past, _ = ppo.look_back(policy, reference, critic, batch, roll, rewards, cfg)
         with patched(ppo, 'APPROX_KL', limit):
@@ -1356,10 +1359,13 @@ def test_a_run_evaluates_the_policy_it_trains():
         figures, sampled = sample.evaluate_run(gpt, network, split, enc, cfg)
     assert set(seen) == {(0, None), (.01, None)} and figures['sample_f1'] == figures['f1']
     assert sampled == data.to_text(*sample.answer(gpt, split, 0, args), enc)
-    batch = split.batch(range(20))                   # one meaning there and in training
-    scores, told = reinforce.discriminator_step(network, None, batch, rolls[-1], False, cfg)
-    told['reward'] = reinforce.reward(scores, batch, rolls[-1], cfg).sum().item() / 20
-    assert all(abs(figures[k] - told[k]) < 1e-5 for k in ('reward', 'score', 'd_acc', 'tie_rate'))
+    roll, batch = rolls[-1], split.batch(range(20))
+    for cfg.d_prefixes in False, True:               # one meaning there and in training
+        figures, _ = sample.evaluate_run(gpt, network, split, enc, cfg)
+        scores, told = reinforce.discriminator_step(network, None, batch, roll, False, cfg)
+        told['reward'] = reinforce.reward(scores, batch, roll, cfg).sum().item() / 20
+        same = 'reward', 'score', 'd_acc', 'tie_rate'
+        assert all(abs(figures[k] - told[k]) < 1e-5 for k in same)
 
     gpt.ln_f.bias.data[0], gpt.wte.weight.data[enc.eot_token, 0], cfg.temperature = 60., 9., 1.
     for n in 6, 11, 20:
@@ -1382,7 +1388,8 @@ def test_figures_are_from_before_the_discriminators_step():
         flags = [*SMALL_OF[script], '--sft_iters', 20, '--sft_lr', .02, '--d_lr', .02]
         flags += [z for k in ('anchor', 'pretrain') if k in script.TINY for z in
                   (f'--{k}', script.TINY[k])]
-        flags += ['--iters', 30, '--d_warmup_iters', 28, '--d_warmup_acc', 1, '--eval_interval', 29]
+        flags += ['--iters', 30, '--d_warmup_iters', 28, '--d_warmup_acc', 1, '--eval_interval', 29,
+                  '--micro_batch', 3]
         cut_short(script, out, *flags, at=('score', 29))
 
         for dropout in .5, 0:
@@ -1450,7 +1457,7 @@ def test_the_learning_rate_is_reached():
     # where gradients are small, too: clipped to 1, those of 124M parameters have an RMS of 9e-5
     network = torch.nn.Linear(1, 1, bias=False)
     before, network.weight.grad = network.weight.item(), torch.full((1, 1), 1e-7)
-    model.update(network, model.adam(network), .1)
+    model.update(network, model.adamw(network), .1)
     assert abs(before - network.weight.item() - .1) < .02
 
 
@@ -1618,9 +1625,10 @@ def steps_of_all_scripts(**where):
     found = {}
     for script in SCRIPTS:
         name = script.__name__
-        flags = {'ppo': ['--minibatch', '4'], 'gumbel': ['--encoding', 'hard']}.get(name, [])
+        flags = {'ppo': ['--minibatch', '4', '--pretrain', '.7'],
+                 'gumbel': ['--encoding', 'hard']}.get(name, [])
         cfg, gpt, reference, discriminator, batch, roll = case(
-            script, '--beta', '.3', '--micro_batch', '3', *flags, **where)
+            script, '--beta', '.3', '--anchor', '.4', '--micro_batch', '3', *flags, **where)
         size = {k: v for k, v in where.items() if k.startswith('n_')}
         cfg.sft_batch_size, critic = 4, tiny_discriminator(4, ppo.Critic, **size).to(cfg.device)
         rewards = torch.randn(4, 2, 4).to(cfg.device) * roll.mask
@@ -1745,14 +1753,15 @@ def compiled_equals_eager(script, *more, bound=1e-3):
     assert second > start and all(n == second for n in later), seen
     assert second - seen[0] < 16, seen               # one for all layers, or it were twice as many
     for a, b in zip(*figures):
-        for key in 'g_norm', 'kl', 'entropy', 'reward', 'd_loss', 'mle', 'v_loss', 'pretrain':
+        for key in 'g_norm', 'kl', 'entropy', 'score', 'd_loss', 'mle', 'v_loss', 'pretrain':
             if key in a:
                 assert abs(a[key] - b[key]) < bound * max(1, abs(a[key])), (key, a[key], b[key])
 
 
 def test_compiled_runs_equal_eager_ones():           # one test: they share most kernels
     for script in SCRIPTS:
-        compiled_equals_eager(script, *(['--minibatch', '8'] if script is ppo else []))
+        more = ['--minibatch', '8', '--pretrain', '.1'] if script is ppo else []
+        compiled_equals_eager(script, *more)
 
 
 def test_bench_races():
@@ -1783,10 +1792,24 @@ def test_a_collapse_is_known_and_stops_the_run():
         assert load_checkpoint(out / 'ckpt.pt')['iter'] == 0
         train(reinforce, out, *SMALL, '--iters', '9', '--overwrite')         # the last is kept
         assert load_checkpoint(out / 'ckpt.pt')['iter'] == 9 and 'final' in records(out)[-1]
+    # what counts is the fall since the generator moves
+    kept, late = data.health, ['--iters', '30', '--d_warmup_iters', '3']
+    for first in .1, .9:
+        found = iter(4 * [first] + 26 * [.1])        # the fourth is from before the first update
+
+        def health(*a, found=found):
+            return kept(*a) | {'gold_distinct2': .9, 'distinct2': next(found)}
+
+        with patched(data, 'health', health):
+            if first == .1:
+                train(reinforce, out, *SMALL, *late, '--overwrite')
+            else:
+                raises(FloatingPointError, ['iteration 24'], train, reinforce, out, *SMALL, *late,
+                       '--overwrite')
 
 
 def test_no_share_of_unanswerable_is_a_collapse():
-    """Where it is the warm start's; 128 prompts, a third of them unanswerable, 40 batches each."""
+    """If it is the warm start's share, too: of 40 batches of each, none is sick."""
     enc, rng = data.load_tokenizer('toy'), np.random.default_rng(0)
     split = data.Split(data.toy_examples('train', 2000), enc, 26, 6)
     has = np.array([bool(e['answers']) for e in split.examples])
