@@ -279,7 +279,7 @@ class Split:
     def lost(self):
         """What to say of answers that the cut took away; '' if there are none."""
         answers = sum(bool(e['answers']) for e in self.examples)
-        said = f' (which took away {self.lost_answers} of {answers} answers: {UNANSWERABLE})'
+        said = f' (which took away {self.lost_answers} of {answers} answers, now {UNANSWERABLE})'
         return said if self.lost_answers else ''
 
     def batch(self, indices, device='cpu'):

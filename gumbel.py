@@ -298,8 +298,7 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     g_loss, kl, entropy, tokens = all_sum(sums).tolist()
     figures = {'g_loss': g_loss, 'kl': kl / tokens, 'entropy': entropy / tokens}
     if cfg.anchor:
-        n_prompts = len(batch.pad) * world()
-        figures['mle'] = mle_gradient(generator, batch, cfg.anchor / n_prompts, cfg)
+        figures['mle'] = mle_gradient(generator, batch, cfg.anchor / len(batch.pad) / world(), cfg)
     figures['g_norm'] = update(generator, optimizer, lr)
     return figures
 

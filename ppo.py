@@ -327,8 +327,7 @@ def ppo_gradient(generator, critic, batch, past, cfg):
         sums += torch.stack((g_loss.detach(), v_loss.detach(), approx_kl))
     figures = dict(zip(('g_loss', 'v_loss', 'approx_kl'), all_sum(sums).tolist()))
     if cfg.anchor:
-        n_prompts = len(batch.pad) * world()
-        figures['mle'] = mle_gradient(generator, batch, cfg.anchor / n_prompts, cfg)
+        figures['mle'] = mle_gradient(generator, batch, cfg.anchor / len(batch.pad) / world(), cfg)
     return figures
 
 

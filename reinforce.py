@@ -263,8 +263,7 @@ def reinforce_step(generator, reference, optimizer, batch, roll, rewards, runnin
     figures = {'g_loss': g_loss, 'kl': kl / tokens, 'entropy': entropy / tokens,
                'return_mean': total / n}
     if cfg.anchor:
-        n_prompts = len(batch.pad) * world()
-        figures['mle'] = mle_gradient(generator, batch, cfg.anchor / n_prompts, cfg)
+        figures['mle'] = mle_gradient(generator, batch, cfg.anchor / len(batch.pad) / world(), cfg)
     figures['g_norm'] = update(generator, optimizer, lr)
     return figures
 

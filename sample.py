@@ -388,7 +388,7 @@ def row_of(f):
     right = 100 * fresh['accuracy'] if fresh.get('judges', True) else np.nan
     row = {'EM': f['em'], 'F1': f['f1'], 'F1 sampled': f['sample_f1'],
            'unanswerable %': f.get('unanswerable', np.nan),
-           '… sampled': f.get('sample_unanswerable', np.nan), 'told apart %': right,
+           'sampled unanswerable %': f.get('sample_unanswerable', np.nan), 'told apart %': right,
            'of all %': right + ties / 100 * (50 - right), 'ties %': ties,
            'distinct-2': f['distinct2'], 'length dist.': f['length_distance'],
            'KL': f['kl'], 'perplexity': f['perplexity']}
