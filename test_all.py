@@ -1428,8 +1428,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
     for script, *more in ((reinforce, '--baseline', 'mean'), (ppo, '--epochs', '2'),
                           (gumbel, '--beta', '.1')):
         more = [*SMALL_OF[script], *more]
-        whole, parts = folder('whole'), folder('parts')
-        train(script, whole, *more)
+        whole, parts, name = folder('whole'), folder('parts'), f'{script.__name__}_step'
+        steps, seeds, generate = [], [], GPT.generate
+
+        def seeded(*a, rng, seeds=seeds, generate=generate, **kw):
+            seeds.append(rng.initial_seed())
+            return generate(*a, rng=rng, **kw)
+
+        with patched(script, name, keeping(getattr(script, name), steps)), \
+                patched(GPT, 'generate', seeded):
+            train(script, whole, *more)
+        assert len({*seeds} - {0}) == 4              # each rollout's own; 0 is an evaluation's
         for at in ('sft_iter', 3), ('score', 2), ('score', 3):
             shutil.rmtree(parts)
             cut_short(script, parts, *more, at=at)
@@ -1437,9 +1446,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
                 f.write('{"iter": 2, "rew')          # as a crash leaves it
             train(script, parts, '--resume')
             ended_alike(whole, parts)
+        saved = load_checkpoint(parts / 'ckpt.pt')
         if script is ppo:
-            saved = load_checkpoint(parts / 'ckpt.pt')
             assert saved['running']['updates'] > 4 and saved['critic_optimizer']['state']
+        if script is reinforce:                      # the baseline is a running mean
+            mean, *later = [s['return_mean'] for s in steps]
+            for one in later:
+                mean = .9 * mean + .1 * one
+            assert abs(saved['running']['baseline'] - mean) < 1e-9 and mean != later[0]
 
 
 def test_the_learning_rate_is_reached():
@@ -1683,7 +1697,10 @@ def as_rank(rank, path):
     torch.save(steps_of_all_scripts(), path / f'{rank}.pt')
     for script in SCRIPTS:
         whole, parts, of_one = (path / name / script.__name__ for name in ('whole', 'parts', 'one'))
-        train(script, whole, *SMALL_OF[script])
+        given = []
+        with patched(script, 'reward', keeping(vars(script).get('reward'), given), create=True):
+            train(script, whole, *SMALL_OF[script])
+        torch.save([r.sum((1, 2)) for r in given], whole / f'rewards {rank}.pt')
         cut_short(script, parts, *SMALL_OF[script])
         for out in parts, of_one:
             train(script, out, '--resume')
@@ -1700,6 +1717,10 @@ def test_two_ranks_have_the_gradient_of_one_and_resume():
     for script in SCRIPTS:
         ended_alike(*(path / name / script.__name__ for name in ('whole', 'parts')))
         assert records(path / 'one' / script.__name__)[-1].keys() == {'final'}
+        whole = path / 'whole' / script.__name__
+        given = zip(*(torch.load(whole / f'rewards {rank}.pt') for rank in (0, 1)))
+        found = [r['reward'] for r in records(whole) if 'reward' in r]       # of both ranks
+        assert np.allclose(found, [torch.cat(r).mean() / 2 for r in given], atol=1e-6)
 
 
 def test_variants_and_extremes_run():
