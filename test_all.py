@@ -1473,6 +1473,9 @@ def test_the_learning_rate_is_reached():
     before, network.weight.grad = network.weight.item(), torch.full((1, 1), 1e-7)
     model.update(network, model.adamw(network), .1)
     assert abs(before - network.weight.item() - .1) < .02
+    before, network.weight.grad = network.weight.item(), torch.full((1, 1), math.nan)
+    assert math.isnan(model.update(network, model.adamw(network), .1))
+    assert network.weight.item() == before           # no step is taken by it
 
 
 def test_a_killed_run_ends_as_if_it_never_was():
