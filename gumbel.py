@@ -355,9 +355,8 @@ def train(cfg, caught=()):
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
-    start = 0
     # d_acc, a running mean, begins at chance; distinct2 is the least before the generator moves
-    running = {'d_acc': .5, 'start': None, 'sick': 0, 'distinct2': 1.0}
+    start, running = 0, dict(d_acc=.5, start=None, sick=0, distinct2=1.0)
     # resume
     if 'running' in saved:                           # beyond the warm start
         start, running = saved['iter'], saved['running']

@@ -76,7 +76,7 @@ class Config:
     d_warmup_acc: float = 0.65       # it moves sooner at this running pair accuracy; 1: never
     d_max_acc: float = 0.9           # above it the discriminator rests; 1: never
     d_dropout: float = 0.1           # of the discriminator, as it learns
-    reward: Literal['margin', 'score', 'random'] = 'margin'  # of a sample; random is a control
+    reward: Literal['margin', 'score', 'random'] = 'margin'  # over the gold's; raw; or a control
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
     minibatch: int = 16              # prompts of an update
@@ -315,8 +315,7 @@ def ppo_gradient(generator, critic, batch, past, cfg):
         answers = part.prompt, part.pad, old.response
         with autocast(cfg):
             logprobs, _ = generator.response_logprobs(*answers, cfg.temperature)
-        g_loss = clipped_policy_loss(logprobs, old.logprobs, old.advantages, old.mask,
-                                     cfg.clip) / n
+        g_loss = clipped_policy_loss(logprobs, old.logprobs, old.advantages, old.mask, cfg.clip) / n
         g_loss.backward()
         with autocast(cfg):
             values = critic(*answers)
@@ -347,7 +346,7 @@ def ppo_step(generator, critic, optimizers, batch, past, passages, running, shar
         figures = ppo_gradient(generator, critic, part, old, cfg)
         if updates and figures['approx_kl'] > APPROX_KL:     # at the first, pi is pi_old
             for optimizer in optimizers:
-                optimizer.zero_grad()
+                optimizer.zero_grad()                # of this one, which is not taken
             break
         if passages is not None:
             index = data.order(len(passages), PASSAGES, (cfg.seed, 2), running['updates'])
@@ -419,9 +418,8 @@ def train(cfg, caught=()):
     optimizer, d_optimizer, critic_optimizer = map(adamw, (generator, discriminator, critic))
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer,
                     critic=critic, critic_optimizer=critic_optimizer)
-    start = 0
     # d_acc, a running mean, begins at chance; distinct2 is the least before the generator moves
-    running = {'d_acc': .5, 'start': None, 'sick': 0, 'distinct2': 1.0, 'updates': 0}
+    start, running = 0, dict(d_acc=.5, start=None, sick=0, distinct2=1.0, updates=0)
     # resume
     if 'running' in saved:                           # beyond the warm start
         start, running = saved['iter'], saved['running']

@@ -74,7 +74,7 @@ class Config:
     d_warmup_acc: float = 0.65       # it moves sooner at this running pair accuracy; 1: never
     d_max_acc: float = 0.9           # above it the discriminator rests; 1: never
     d_dropout: float = 0.1           # of the discriminator, as it learns
-    reward: Literal['margin', 'score', 'random'] = 'margin'  # of a sample; random is a control
+    reward: Literal['margin', 'score', 'random'] = 'margin'  # over the gold's; raw; or a control
     # reinforce
     baseline: Literal['loo', 'mean'] = 'loo'     # leave-one-out over K, or a running mean
 
@@ -320,9 +320,8 @@ def train(cfg, caught=()):
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
-    start = 0
     # d_acc, a running mean, begins at chance; distinct2 is the least before the generator moves
-    running = {'d_acc': .5, 'start': None, 'sick': 0, 'distinct2': 1.0, 'baseline': None}
+    start, running = 0, dict(d_acc=.5, start=None, sick=0, distinct2=1.0, baseline=None)
     # resume
     if 'running' in saved:                           # beyond the warm start
         start, running = saved['iter'], saved['running']

@@ -1989,8 +1989,9 @@ def test_the_commands_of_the_readme():
     command('sample.py', '--ckpt', out / 'ckpt.pt', '--question', 'Who ?', '--context', 'Ada is .')
     text = command('sample.py', '--compare', out / 'sft.pt', out / 'ckpt.pt', '--prompts', 3).stdout
     assert text.count(f'{out}/ckpt.pt') == 3 and text.count('gold  ') == 3
-    text = command('sample.py', '--evaluate', f'你好±={out}/sft.pt', '--prompts', 4, '--test_steps',
-                   0, '--out', out / 'judged.json', env={**env, 'PYTHONIOENCODING': 'ascii'}).stdout
+    text = command('sample.py', '--evaluate', f'你好±={out}/sft.pt', '--prompts', 4,
+                   '--test_steps', 0, '--out', out / 'judged.json',
+                   env={**env, 'PYTHONIOENCODING': 'ascii'}).stdout
     assert '??' in text and '4 prompts of toy' in text
     assert '你好±' in json.loads((out / 'judged.json').read_text())['results']
     text = command('reinforce.py', '--help').stdout
@@ -2022,17 +2023,20 @@ def test_flags_need_no_comments():
 def test_forks_and_controls_of_the_pages():
     """A reward of one's own as README has it; the signs that RESULTS.md turns round, each once."""
     pages = [(HERE / page).read_text() for page in ('README.md', 'assets/RESULTS.md')]
-    text, at, kept = (HERE / 'reinforce.py').read_text(), folder('fork') / 'fork.py', []
+    text, at, kept = (HERE / 'reinforce.py').read_text(), folder('own') / 'fork.py', []
     own, = re.findall(r'```python\n(.*?)```', pages[0], re.S)
     line = '        rewards = reward(scores, batch, roll, cfg)\n'
     scope = {'__name__': 'fork', 'kept': kept}
-    at.write_text(text.replace(line, line + own + '        kept.append((texts, rewards))\n'))
+    own += '        kept.append((texts, rewards, data.to_text(batch.response, batch.mask, enc)))\n'
+    at.write_text(text.replace(line, line + own))
     exec(compile(at.read_text(), at, 'exec'), scope)
-    with patched(sample, 'draw', lambda *a: None):
-        scope['train'](parse(reinforce, *SMALL, '--out_dir', at.parent / 'run'))
-    texts, rewards = kept[0]
-    assert len(texts) == 16 and rewards.shape[:2] == (8, 2) and rewards.count_nonzero(-1).max() < 2
-    assert 0 <= rewards.min() and rewards.max() <= 1
+    with patched(sample, 'draw', lambda *a: None):   # learns to say `unanswerable`
+        scope['train'](parse(reinforce, *SMALL, '--sft_iters', 80, '--sft_lr', .02, '--out_dir',
+                             at.parent / 'run'))
+    for texts, rewards, gold in kept:                # (8 2,), (8, 2, R), (8,)
+        assert rewards.count_nonzero(-1).max() == 1
+        assert all(text != said or abs(r - 1) < 1e-6 for text, said, r in
+                   zip(texts, np.repeat(gold, 2), rewards.sum(-1).flatten()))
     turns = re.findall(r"sed '(.*?)' (\S+)", pages[1])
     for turn, name in zip([turns[0], turns[0], turns[1]], ('reinforce', 'ppo', 'gumbel')):
         file = HERE / f'{name}.py'
@@ -2460,8 +2464,7 @@ def at_the_defaults(script, device, *flags):
                 folder('sizes'), *flags)
     enc = SimpleNamespace(n_vocab=50257, eot_token=50256, decode=str,
                           encode_ordinary=lambda text: [len(text)] * cfg.max_prompt)
-    examples = [{'context': str(i), 'question': '', 'answers': ['a']}
-                for i in range(64)]
+    examples = [{'context': str(i), 'question': '', 'answers': ['a']} for i in range(64)]
     split = data.Split(examples, enc, cfg.max_prompt, cfg.max_response)
     with (patched(data, 'load', lambda cfg: [enc, split, split]),
           patched(script, 'save', lambda *a, **k: None)):
