@@ -24,7 +24,8 @@ import torch
 
 import data
 import reinforce
-from model import GPT, GPTConfig, adamw, autocast, keep_freed_memory, open_device, update
+from model import (GPT, GPTConfig, adamw, autocast, command_line, keep_freed_memory, open_device,
+                   parse_known, update)
 
 EOS = 50256
 # the makers' figures: TFLOP/s in dense bfloat16, GB/s of memory
@@ -237,6 +238,7 @@ def bench_train(gpt, args, found):
            found, B * (args.prompt + args.response), train_limit(gpt, B, args))
 
 
+@command_line()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,7 +260,7 @@ def main(argv=None):
     parser.add_argument('--tflops', type=float, help="the device's peak, where PEAKS has none")
     parser.add_argument('--gbs', type=float, help='of its memory')
     parser.add_argument('--json', help='file to write')
-    args = parser.parse_args(argv)
+    args = parse_known(parser, argv)
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < value < float('inf'):
             sys.exit(f'--{name} {value}: give a number above 0')
@@ -266,13 +268,10 @@ def main(argv=None):
         sys.exit(f'--batch {args.batch} with --samples {args.samples}: give multiples, at least 2')
     if args.prompt + args.response > 1024:
         sys.exit(f'--prompt {args.prompt} + --response {args.response}: give at most 1024')
-    try:
-        open_device(args)
-        if args.json:
-            open(args.json, 'a').close()             # now, if it cannot be written
-        config = GPTConfig(1024, EOS + 1, args.n_layer, args.n_head, args.n_embd)
-    except (ValueError, OSError) as e:
-        sys.exit(str(e))
+    open_device(args)
+    if args.json:
+        open(args.json, 'a').close()                 # now, if it cannot be written
+    config = GPTConfig(1024, EOS + 1, args.n_layer, args.n_head, args.n_embd)
     torch.manual_seed(0)
     gpt = GPT(config).to(args.device).eval()
     found = {}

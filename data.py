@@ -53,9 +53,9 @@ def squad_examples(data, split):
             rows = datasets.load_dataset('rajpurkar/squad_v2',
                                          split={'train': 'train', 'dev': 'validation'}[split])
         except Exception as e:
-            raise FileNotFoundError(f'squad_v2 could not be downloaded ({type(e).__name__}): '
-                                    'offline, give --data a directory of official files '
-                                    'or toy') from e
+            raise FileNotFoundError('squad_v2 could not be downloaded to the cache that HF_HOME '
+                                    f'names ({type(e).__name__}): offline, give --data a directory '
+                                    'of official files or toy') from e
         return [{'id': r['id'], 'context': r['context'], 'question': r['question'],
                  'answers': r['answers']['text']} for r in rows]
     path = Path(data) / FILES[split]
@@ -66,10 +66,11 @@ def squad_examples(data, split):
     try:
         rows = datasets.Dataset.from_generator(
             read_squad, gen_kwargs={'path': str(path), 'stamp': (stat.st_size, stat.st_mtime_ns)})
-    except datasets.exceptions.DatasetGenerationError as e:
+    except (datasets.exceptions.DatasetGenerationError, OSError) as e:
         if isinstance(e.__cause__, ValueError):
             raise e.__cause__ from None
-        raise
+        raise OSError(f'{path} could not be read, or not cached ({e.__cause__ or e}): let HF_HOME '
+                      'name a folder that can be written') from e
     return rows.to_list()
 
 
@@ -397,9 +398,10 @@ def f1(prediction, gold):
 
 def score_answer(prediction, example):
     """Exact match and F1 in [0, 1] of one answer, each the best over all gold answers, as SQuAD 2.0
-    defines them; `unanswerable` counts as the empty string."""
-    prediction = '' if normalize(prediction) == UNANSWERABLE else prediction
+    defines them; `unanswerable` counts as the empty string, but equal strings are equal."""
     golds = [a for a in example['answers'] if normalize(a)] or ['']
+    if normalize(prediction) == UNANSWERABLE and UNANSWERABLE not in map(normalize, golds):
+        prediction = ''
     return (float(max(normalize(prediction) == normalize(g) for g in golds)),
             max(f1(prediction, g) for g in golds))
 

@@ -35,7 +35,7 @@ from model import (Discriminator, Log, adamw, all_sum, autocast, exponential, ga
 
 @dataclass
 class Config:
-    script = 'gumbel'                # no annotation, so no flag: whose checkpoints it resumes
+    script = 'gumbel'                # no flag: whose runs it resumes; a fork's own
     # i/o
     out_dir: str = 'out/gumbel'      # where checkpoints, metrics, curves and samples go
     seed: int = 1                    # of new weights, the order of examples, the sampling noise
@@ -88,7 +88,7 @@ TINY = dict(
     samples=2, micro_batch=128, beta=0.0, anchor=0.0, lr=1e-3, d_lr=4e-3,
     d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=1.0, d_dropout=0.0, eval_interval=25,
     eval_prompts=500)
-BOUNDS = dict(seed=(0, None), sft_iters=(0, None), iters=(0, None), d_warmup_iters=(0, None),
+BOUNDS = dict(seed=(0, 2 ** 32 - 1), sft_iters=(0, None), iters=(0, None), d_warmup_iters=(0, None),
               d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9))
 TAU = 1.0, .5                        # temperature of the relaxed samples, first and last
 
@@ -371,7 +371,7 @@ def train(cfg, caught=()):
     for it in tqdm(range(start, cfg.iters), 'iterations', disable=None):
         # evaluate and checkpoint
         due, stop = it % cfg.eval_interval == 0, signalled(caught)
-        if stop or (due and not running['sick']):
+        if (stop or due) and not running['sick']:            # the last healthy one is kept
             save(out / 'ckpt.pt', generator, log, iter=it, running=running, **stateful)
         if stop:
             return None

@@ -12,8 +12,10 @@ real tokens only. What stands right of <|endoftext|> needs no mask here: attenti
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
+import difflib
 import importlib.util
 import json
 import linecache
@@ -23,7 +25,9 @@ import pickle
 import re
 import signal
 import sys
+import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Optional, get_args
@@ -316,7 +320,8 @@ class GPT(nn.Module):
         source  gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded); a folder with
                 config.json and model.safetensors, in one file or in shards, or pytorch_model.bin;
                 one .safetensors or .bin file; a .pt file of ours or of nanoGPT, whose exact GELU
-                is run as the tanh form. Up to 47 tokens beyond GPT-2's 50257 are left out
+                is run as the tanh form; a run's folder, for its last checkpoint. Up to 47 tokens
+                beyond GPT-2's 50257 are left out
         raises  FileNotFoundError, ValueError: one sentence with the file and what is wrong with it
         """
         path = download(source) if source in HUB else Path(source)
@@ -445,8 +450,8 @@ def download(name):
         return Path(snapshot_download(HUB[name], allow_patterns=['config.json',
                                                                  'model.safetensors']))
     except Exception as e:
-        raise FileNotFoundError(f'{name} could not be downloaded ({type(e).__name__}): offline, '
-                                'give a folder or a file') from e
+        raise FileNotFoundError(f'{name} could not be downloaded to the cache that HF_HOME names '
+                                f'({type(e).__name__}): offline, give a folder or a file') from e
 
 
 def read_json(path):
@@ -462,8 +467,8 @@ def read_json(path):
 
 def read_files(path):
     """Tensors as a folder or file names them, its settings, and whether its layout is OpenAI's."""
-    if path.suffix == '.pt':
-        saved = load_checkpoint(path)
+    if file := last_checkpoint(path):
+        saved = load_checkpoint(file)
         for key in 'gpt_config', 'model_args':       # ours, nanoGPT's
             if key in saved:
                 return saved['model'], saved[key], False
@@ -538,10 +543,10 @@ def parse(argv, doc, Config, tiny, bounds, check):
         elif get_args(f.type):
             kind = dict(choices=get_args(f.type))
         else:
-            kind = dict(type=f.type)
+            kind = dict(type=os.path.expanduser if f.type is str else f.type)
         note = f'{notes.get(f.name, "")} (default: {f.default})'.replace('%', '%%')
         parser.add_argument('--' + f.name, default=argparse.SUPPRESS, help=note, **kind)
-    given = vars(parser.parse_args(argv))
+    given = vars(parse_known(parser, argv))
     settings = dict(tiny) if given.get('tiny') else {}
     if given.get('resume'):
         settings = settings_to_resume({'out_dir': Config.out_dir, **given}, Config)
@@ -549,49 +554,102 @@ def parse(argv, doc, Config, tiny, bounds, check):
     for name, value in asdict(cfg).items():
         if type(value) in (int, float):
             least, most = bounds.get(name, (1 if type(value) is int else 0, None))
-            most = most or 2 ** 63 - 1
-            if not least <= value <= most:
-                raise ValueError(f'--{name} {value}: give a number from {least} to {most}')
+            if not least <= value <= (most or 2 ** 63 - 1):
+                rule = (f'from {least} to {most}' if most else
+                        f'of at least {least}' if value < least else 'below 2^63')
+                raise ValueError(f'--{name} {value}: give a number {rule}')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
     check(cfg)
     return cfg
 
 
+def parse_known(parser, argv):
+    """What parser.parse_args gives; an unknown flag is told the one that is spelt nearly so."""
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        flags = re.findall(r'--\w+', parser.format_help())
+        near = difflib.get_close_matches(rest[0].partition('=')[0], flags, 1, .8)
+        hint = ''.join(f': did you mean {flag}?' for flag in near)
+        parser.error(f'unrecognized arguments: {" ".join(rest)}{hint}')
+    return args
+
+
 def main(doc, Config, tiny, bounds, check, train, argv=None):
-    """The command line: a user's mistake is one sentence and exit code 1, a signal 128 + it."""
-    caught = catch_signals()
-    try:
+    """The command line of a script; a signal that came ends it with 128 + its number."""
+    with command_line(), caught_signals() as caught:
         train(parse(argv, doc, Config, tiny, bounds, check), caught)
-    except (ValueError, OSError, FloatingPointError) as e:
-        sys.exit(str(e))
-    except torch.OutOfMemoryError:
-        sys.exit(memory_full())
-    if caught:
-        sys.exit(128 + caught[0])
+        if caught:
+            sys.exit(128 + caught[0])
 
 
-def catch_signals():
+@contextlib.contextmanager
+def command_line():
+    """What is run within ends with a user's mistake in one sentence and exit code 1, and prints
+    whether somebody reads or not."""
+    with (contextlib.redirect_stdout(Output(sys.stdout)),
+          contextlib.redirect_stderr(Output(sys.stderr))):
+        try:
+            yield
+        except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as e:
+            # who keeps e, as a notebook does, keeps its frames: their networks, and a folder's lock
+            traceback.clear_frames(e.__traceback__)
+            if isinstance(e, torch.OutOfMemoryError):
+                e = (f'CUDA is out of memory at {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} '
+                     'GiB: lower --micro_batch, then --batch_size')
+            sys.exit(str(e))
+
+
+class Output:
+    """A stream that is printed to. Without a reader, from the start or from a write on that fails,
+    what is printed is dropped; a character that its encoding lacks is a question mark."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, 'w')            # None: it was closed
+        if hasattr(self.stream, 'reconfigure'):
+            self.stream.reconfigure(errors='replace')
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:              # by its number, for there may be text left in its buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def caught_signals():
     """A list that gets the number of each SIGINT, SIGTERM and SIGHUP (not if that is ignored, as
-    under nohup); another SIGINT or SIGTERM ends the process at once."""
-    caught, hangup = [], getattr(signal, 'SIGHUP', None)     # Windows has none
+    under nohup). They may come twice, from a scheduler or terminal and from torchrun; but a SIGINT
+    later than a second after the first is by hand, and ends the process at once."""
+    caught, times, kept = [], [], {}
 
     def catch(number, _):
-        if number == hangup:         # no terminal is left; kernel and shell may each send one
-            sys.stdout = sys.stderr = open(os.devnull, 'w')
-        elif caught:
+        times.append(time.monotonic())
+        if number == signal.SIGINT and times[-1] > times[0] + 1:
             os._exit(128 + number)
         caught.append(number)
 
-    for number in filter(None, (signal.SIGINT, signal.SIGTERM, hangup)):
-        if number != hangup or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, catch)
-    return caught
+    if threading.current_thread() is threading.main_thread():    # no other can catch any
+        for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
+            number = getattr(signal, name, None)     # Windows has no SIGHUP
+            if number and (name != 'SIGHUP' or signal.getsignal(number) != signal.SIG_IGN):
+                kept[number] = signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def load_generator(cfg, n_vocab):
-    """The generator that --init_from names, on the device."""
-    if cfg.init_from == 'scratch':
+    """The generator that --init_from names, or that of the run to resume, on the device."""
+    if cfg.resume:
+        generator = GPT.from_pretrained(cfg.out_dir)
+    elif cfg.init_from == 'scratch':
         generator = GPT(GPTConfig(cfg.max_prompt + cfg.max_response, n_vocab, cfg.n_layer,
                                   cfg.n_head, cfg.n_embd))
     else:
@@ -709,18 +767,21 @@ def load_checkpoint(path):
         raise ValueError(f'{path} is not a readable checkpoint (truncated?): use another') from e
 
 
-def last_checkpoint(out_dir):
-    """The file that a run in out_dir is resumed from; None if there is none."""
-    files = [Path(out_dir) / name for name in ('ckpt.pt', 'sft.pt')]
-    return next((file for file in files if file.exists()), None)
+def last_checkpoint(path):
+    """The file to go on from of a run, by its folder; a .pt file itself; None if there is none."""
+    path = Path(path)
+    files = [path / name for name in ('ckpt.pt', 'sft.pt')]
+    own = path if path.suffix == '.pt' and not path.is_dir() else None
+    return next((file for file in files if file.exists()), own)
 
 
 def settings_to_resume(given, Config):
     """Settings of the run in given['out_dir']; raises a ValueError if it cannot go on by the script
     of the Config, or with the flags given."""
     file = last_checkpoint(given['out_dir'])
-    if file is None:
-        raise ValueError(f'--resume: no checkpoint in {given["out_dir"]}: give another --out_dir')
+    if file is None or not file.with_name('sft.pt').exists():    # a run has its warm start, too
+        raise ValueError(f'--resume: no checkpoint sft.pt in {given["out_dir"]}: put it there, or '
+                         'give another --out_dir')
     saved = load_checkpoint(file)
     if not isinstance(saved, dict) or saved.get('format') != FORMAT:
         raise ValueError(f'--resume: {file} is of no run, or another version: start another run')
@@ -731,7 +792,8 @@ def settings_to_resume(given, Config):
     if given.get('iters', math.inf) < saved.get('iter', 0):
         raise ValueError(f'--resume with --iters {given["iters"]}: the run is at {saved["iter"]}: '
                          'give as many or more')
-    for name in 'data context max_prompt max_response n_layer n_head n_embd sft_iters'.split():
+    for name in ('init_from data context max_prompt max_response n_layer n_head n_embd '
+                 'sft_iters'.split()):
         if name in given and given[name] != settings[name]:
             raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
                              'leave it, or start another')
@@ -813,12 +875,6 @@ def open_folder(cfg):
     return out, lock
 
 
-def memory_full():
-    """The sentence for a torch.OutOfMemoryError."""
-    peak = torch.cuda.max_memory_allocated() / 2 ** 30
-    return f'CUDA is out of memory at {peak:.1f} GiB: lower --micro_batch, then --batch_size'
-
-
 def autocast(cfg):
     """bfloat16 activations on request; weights, losses and optimizers stay float32."""
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == 'bfloat16')
@@ -860,21 +916,20 @@ class Log:
 
     def __call__(self, record):
         at = next((f'{k} {record[k]}' for k in ('iter', 'sft_iter') if k in record), 'the end')
-        for name, value in record.items():
+        numbers = {**record, **record.get('dev', {})}.items()
+        for name, value in numbers:
             if isinstance(value, float) and not math.isfinite(value):
                 raise FloatingPointError(
-                    f'{name} is {value} at {at}: the checkpoint beside {self.path} is from before; '
-                    'give a lower learning rate, a flag that ends in lr, and --resume')
+                    f'{name} is {value} at {at}: the checkpoints beside {self.path} were finite '
+                    'when saved; give a lower learning rate, a flag that ends in lr, and --resume')
         if not self.writes:
             return
         with open(self.path, 'a') as f:
-            f.write(json.dumps(record) + '\n')
+            f.write(json.dumps(record, allow_nan=False) + '\n')
         if 'dev' in record or at.endswith('0'):
-            numbers = {**record, **record.get('dev', {})}.items()
             tqdm.write('  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
                                  for k, v in numbers if isinstance(v, (int, float))),
                        file=sys.stdout)
-            sys.stdout.flush()
 
     def collapsed(self, it, answers):
         """Writes down that the answers are sick for good, and ends the run."""
@@ -887,8 +942,17 @@ class Log:
 
 def save(path, generator, log, **more):
     """Rank 0's checkpoint, which GPT.from_pretrained reads; `more` is values, and modules and
-    optimizers for their states. A time to give back freed memory, too."""
+    optimizers for their states. If a network has diverged, the file stays as it was, and all ranks
+    raise a FloatingPointError. A time to give back freed memory, too."""
     keep_freed_memory(False)
+    tokens = torch.arange(min(32, generator.config.block_size), device=generator.wte.weight.device)
+    trunks = [generator, *(z.trunk for z in more.values() if isinstance(z, Discriminator))]
+    with torch.no_grad(), torch.compiler.set_stance('force_eager'):          # no graph for this
+        logits = [trunk(tokens[None] % generator.config.vocab_size) for trunk in trunks]
+    if not all(z.isfinite().all() for z in logits):
+        raise FloatingPointError(
+            f'{path} is not written, for a network has diverged; what was saved before it stays: '
+            'give a lower learning rate, a flag that ends in lr, and --resume')
     if not rank():
         more = {k: z.state_dict() if hasattr(z, 'state_dict') else z for k, z in more.items()}
         save_checkpoint(path, {

@@ -33,7 +33,7 @@ from model import (Discriminator, Log, adamw, all_sum, autocast, gathered, hold_
 
 @dataclass
 class Config:
-    script = 'ppo'                   # no annotation, so no flag: whose checkpoints it resumes
+    script = 'ppo'                   # no flag: whose runs it resumes; a fork's own
     # i/o
     out_dir: str = 'out/ppo'         # where checkpoints, metrics, curves and samples go
     seed: int = 1                    # of new weights, the order of examples, the sampling noise
@@ -92,7 +92,7 @@ TINY = dict(
     samples=4, micro_batch=64, beta=0.0, anchor=0.0, lr=3e-4, d_lr=4e-3,
     d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=1.0, d_dropout=0.0, eval_interval=25,
     eval_prompts=500, minibatch=32, critic_lr=4e-3, pretrain=0.0)
-BOUNDS = dict(seed=(0, None), sft_iters=(0, None), iters=(0, None), d_warmup_iters=(0, None),
+BOUNDS = dict(seed=(0, 2 ** 32 - 1), sft_iters=(0, None), iters=(0, None), d_warmup_iters=(0, None),
               d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9),
               clip=(.001, 1e9), lam=(0, 1))
 
@@ -262,7 +262,8 @@ APPROX_KL = .02                      # farther from pi_old, nats a token, a roll
 
 
 class Critic(Discriminator):
-    """V(x, y_<t), the return to expect before token t, by a network like the discriminator."""
+    """V(x, y_<t), the return to expect before token t: by a discriminator's trunk and scalar head,
+    inherited, which starts at zero."""
 
     def forward(self, prompt, pad, response):
         """Values (B, K, R) of answers (B, K, R); each sees what stands left of its token."""
@@ -434,7 +435,7 @@ def train(cfg, caught=()):
     for it in tqdm(range(start, cfg.iters), 'iterations', disable=None):
         # evaluate and checkpoint
         due, stop = it % cfg.eval_interval == 0, signalled(caught)
-        if stop or (due and not running['sick']):
+        if (stop or due) and not running['sick']:            # the last healthy one is kept
             save(out / 'ckpt.pt', generator, log, iter=it, running=running, **stateful)
         if stop:
             return None

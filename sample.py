@@ -1,18 +1,20 @@
 """
 Looking at the result, and judging it.
 
-$ python sample.py --ckpt out/reinforce/ckpt.pt --question "Who built it?" --context "Ada built it."
+$ python sample.py --ckpt out/reinforce --question "Who built it?" --context "Ada built it."
 $ python sample.py --compare gpt2 out/reinforce/sft.pt out/reinforce/ckpt.pt
 $ python sample.py --evaluate sft=out/ppo/sft.pt PPO=out/ppo/ckpt.pt --out out/ppo.json
 $ python sample.py --plot PPO=out/ppo-1 PPO=out/ppo-2          or --table, of those or of .json
 
 Wherever several files are given, each may be named: NAME=FILE; files of one name are the seeds of
-one thing. A run is its folder or its metrics.jsonl.
+one thing. A run is its folder or its metrics.jsonl; the folder is its last checkpoint, too.
 """
 
 import argparse
 import json
+import math
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (GPT, Discriminator, autocast, hold_last, keep_freed_memory, load_checkpoint,
-                   margin, memory_full, open_device, told, update)
+from model import (GPT, Discriminator, autocast, command_line, hold_last, keep_freed_memory,
+                   last_checkpoint, load_checkpoint, margin, open_device, parse_known, told, update)
 
 JUDGES, PAIRS = 3, 200           # fresh discriminators to a figure; fewer pairs are not judged
+FEW = 10                         # passages, of which an interval says little
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32, temperature=1.0)
 
 # -----------------------------------------------------------------------------
@@ -38,7 +41,8 @@ def task_of(sources, args, examples=None):
     configs, ours = {}, {}
     for source in dict.fromkeys(sources):
         configs[source] = GPT.from_pretrained(source).config
-        if saved := Path(source).suffix == '.pt' and load_checkpoint(source).get('settings'):
+        file = last_checkpoint(source)
+        if saved := file and load_checkpoint(file).get('settings'):
             ours[source] = {k: saved.get(k, v) for k, v in DEFAULTS.items()} | given
     first, settings = next(iter(ours.items()), (None, DEFAULTS | given))
     for source, own in ours.items():
@@ -74,8 +78,9 @@ def names(arguments):
     pairs = []
     for a in arguments:
         name, _, file = a.partition('=')
+        file = expanduser(file)
         named = file and not Path(a).exists() and (Path(file).exists() or '/' not in name)
-        pairs.append((name, file) if named else (a, a))
+        pairs.append((name, file) if named else (a, expanduser(a)))
     return pairs
 
 
@@ -217,25 +222,35 @@ def finish(reference, generator, discriminator, split, enc, out, log, cfg):
 # -----------------------------------------------------------------------------
 # judging
 
-def interval(right, passages):
-    """95% interval of the mean of right (n,), of passages (n,), by bootstrap over these (Efron
-    1979): trials on one are not independent. That judges differ by their training is not in it."""
-    sums, counts = np.bincount(passages, right), np.bincount(passages)
+def interval(right, groups):
+    """95% interval of the mean of right (n,), of groups (n,), by bootstrap over these (Efron 1979):
+    trials of one are not independent. That judges differ by their training is not in it; of fewer
+    than FEW groups it is far too narrow."""
+    sums, counts = np.bincount(groups, right), np.bincount(groups)
     sums, counts, rng = sums[counts > 0], counts[counts > 0], np.random.default_rng(0)
     drawn = [rng.integers(len(sums), size=len(sums)) for _ in range(2000)]
     return np.quantile([sums[d].sum() / counts[d].sum() for d in drawn], (.025, .975)).tolist()
 
 
-def passages_of(examples):
-    """The number of each example's passage, (N,)."""
-    number = {}
-    return np.array([number.setdefault(e['context'], len(number)) for e in examples])
+def groups_of(split):
+    """The number of each example's group, (N,): of one passage, or without it of one prompt, or
+    linked by such."""
+    _, passages = np.unique([e['context'] for e in split.examples], return_inverse=True)
+    _, prompts = np.unique(split.prompts, axis=0, return_inverse=True)
+    groups, before = np.arange(len(split)), None
+    while not np.array_equal(groups, before):        # all take the least number beside them
+        before = groups
+        for kind in passages, prompts.flatten():
+            least = np.full(len(split), len(split))
+            np.minimum.at(least, kind, groups)
+            groups = least[kind]
+    return np.unique(groups, return_inverse=True)[1]
 
 
-def halves(passages, seed):
-    """Numbers of the examples of either half; no passage (N,), so no prompt, is in both."""
-    side = np.random.default_rng(seed).permutation(passages.max() + 1) % 2
-    return [np.flatnonzero(side[passages] == half) for half in (0, 1)]
+def halves(groups, seed):
+    """Numbers of the examples of either half; no group (N,), so no prompt, is in both."""
+    side = np.random.default_rng(seed).permutation(groups.max() + 1) % 2
+    return [np.flatnonzero(side[groups] == half) for half in (0, 1)]
 
 
 def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
@@ -247,7 +262,7 @@ def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
     pairs = [torch.stack(z, 1) for z in ((gold.response, fake), (gold.mask, fake_mask))]
     differ = (gold.response != fake).cumsum(1) > 0                           # (N, R)
     where, untied = differ & (gold.mask | fake_mask), differ[:, -1].cpu().numpy()
-    learn, judge = (rows[untied[rows]] for rows in halves(passages_of(split.examples), seed))
+    learn, judge = (rows[untied[rows]] for rows in halves(groups_of(split), seed))
     if not len(learn) or not len(judge):
         raise ValueError('all that differ are on one half of the passages: give more --prompts')
     torch.manual_seed(hash(seed) % 2 ** 31)
@@ -273,7 +288,7 @@ def told_apart(trunk, split, fake, fake_mask, args):
     """The two-sample test of Lopez-Paz and Oquab 2017, by JUDGES fresh discriminators, each with
     halves of its own: accuracy, a share, .5 being chance; low, high, its 95% interval; judges, the
     accuracy of each, none for fewer than PAIRS pairs or no steps; pairs and ties, how many answers
-    differ from the gold ones and how many do not."""
+    differ from the gold ones and how many do not; groups, of the passages and prompts judged."""
     ties = int((split.batch(range(len(split))).response == fake.cpu()).all(1).sum())
     figures = {'accuracy': .5, 'low': 0., 'high': 1., 'judges': [], 'pairs': len(split) - ties,
                'ties': ties}
@@ -283,14 +298,16 @@ def told_apart(trunk, split, fake, fake_mask, args):
              for k in range(JUDGES)]
     rows, right = (np.concatenate(z) for z in zip(*found))
     figures |= {'accuracy': right.mean().item(), 'judges': [r.mean().item() for _, r in found]}
-    figures['low'], figures['high'] = interval(right, passages_of(split.examples)[rows])
+    groups = groups_of(split)[rows]
+    figures['low'], figures['high'] = interval(right, groups)
+    figures['groups'] = len(np.unique(groups))
     return figures
 
 
 @torch.no_grad()
 def drift(generator, base, split, temperature, args):
-    """Nats per token: KL(generator || base) at the temperature, over the whole vocabulary, as a run
-    logs it, but exact at each token of samples; -log probability, at 1, of the gold answers."""
+    """KL(generator || base) at the temperature, nats per token, over the whole vocabulary, as a run
+    logs it, but exact at each token of samples; perplexity, at 1, of the gold answers, or inf."""
     temperature = temperature or 1.0                 # greedy answers have none
     whole = argparse.Namespace(**vars(args) | {'top_k': None})
     (response, mask), sums = answer(generator, split, temperature, whole), []
@@ -303,8 +320,9 @@ def drift(generator, base, split, temperature, args):
             gold, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response[:, None])
         kl = (logp.exp() * (logp - base_logp)).sum(-1)[:, 0] * mask[rows]    # (n, R)
         sums.append(torch.stack((kl.sum(1), -(gold[:, 0] * batch.mask).sum(1))).cpu())
-    kl, nll = torch.cat(sums, 1)[:, :len(split)].double().sum(1).tolist()
-    return kl / mask.sum().item(), nll / split.lengths.sum()
+    kl, nll = torch.cat(sums, 1)[:, :len(split)].double().sum(1)
+    perplexity = (nll / split.lengths.sum()).float().exp()
+    return kl.item() / mask.sum().item(), perplexity.item()
 
 
 @torch.no_grad()
@@ -332,8 +350,7 @@ def judge(generator, base, discriminator, split, enc, temperature, args):
     shares = [np.bincount(n, minlength=response.size(1) + 1) / len(split)
               for n in (mask.sum(1).cpu().numpy(), split.lengths)]
     figures['length_distance'] = float(np.abs(shares[0] - shares[1]).sum() / 2)
-    figures['kl'], nll = drift(generator, base, split, temperature, args)
-    figures['perplexity'] = float(np.exp(nll))
+    figures['kl'], figures['perplexity'] = drift(generator, base, split, temperature, args)
     if discriminator:
         figures['best_of'] = best_of(generator, discriminator, split, enc, temperature, args)
     return figures
@@ -347,7 +364,8 @@ def evaluate(args):
     enc, split, settings = task_of(sources + [args.discriminator] * bool(args.best_of), args)
     base = GPT.from_pretrained(args.base).to(args.device)
     if args.best_of:
-        state = load_checkpoint(args.discriminator).get('discriminator')
+        file = last_checkpoint(args.discriminator) or args.discriminator
+        state = load_checkpoint(file).get('discriminator')
         if not state or not state['score.weight'].any():
             raise ValueError(f'{args.discriminator} has no trained discriminator: give a ckpt.pt')
         discriminator = Discriminator(GPT.from_pretrained(args.discriminator)).to(args.device)
@@ -371,9 +389,17 @@ def evaluate(args):
             row = [f'{header} {cell(header, [value])}' for header, value in row_of(f).items()]
             test = ('told apart {accuracy:.1%} [{low:.1%}, {high:.1%}]' if f['fresh']['judges'] else
                     f'none judged, for want of {PAIRS} or of steps')
+            if f['fresh'].get('groups', FEW) < FEW:
+                test += ', an interval of {groups} passages, which is too narrow'
             test = ('{pairs} pairs that differ, {ties} ties; ' + test).format(**f['fresh'])
             print(f'\n{label}, at {temperature}: {", ".join(row)}\n  {test}', flush=True)
-            out.write_text(json.dumps({'setup': setup, 'results': results}, indent=1) + '\n')
+            write_json(out, {'setup': setup, 'results': results})
+
+
+def write_json(path, value):
+    """Writes a value as JSON, in which what is not finite, at any depth, is null."""
+    strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    path.write_text(json.dumps(strict, indent=1) + '\n')
 
 
 # -----------------------------------------------------------------------------
@@ -409,22 +435,28 @@ def row_of_run(last):
                   'answers like': f'`{last["collapsed"] or " "}`' if 'collapsed' in last else ''}
 
 
+def in_cell(text):
+    """A text for a cell of a Markdown table: of one line, its | no borders."""
+    return ' '.join(text.split()).replace('|', r'\|')
+
+
 def cell(header, values):
     """Mean and standard deviation (over n - 1) of a column's numbers; of texts, those there are."""
     if any(value != value for value in values):      # NaN
         return '–'
     if isinstance(values[0], str):
-        return ', '.join(dict.fromkeys(filter(None, values))) or '–'
+        return in_cell(', '.join(dict.fromkeys(filter(None, values)))) or '–'
     digits = {'distinct-2': 3, 'length dist.': 3, 'KL': 3, 'perplexity': 2}.get(header, 1)
-    spread = f' ± {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
-    return f'{np.mean(values):.{digits}f}{spread}'
+    figures = [np.mean(values), np.std(values, ddof=1)] if len(values) > 1 else values
+    return ' ± '.join(f'{z:.{digits}f}' if z < 1e6 else f'{z:.2e}' for z in figures)
 
 
 def table(args):
     """Prints evaluations or runs as Markdown; --out has their figures, in one file."""
     def parse(text):                                 # by name, figures and row of each seed
-        return {name: [(f, row_of(f)) for f in seeds]
-                for name, seeds in json.loads(text)['results'].items()}
+        found = json.loads(text, object_hook=lambda d: {
+            k: math.nan if v is None else v for k, v in d.items()})
+        return {name: [(f, row_of(f)) for f in seeds] for name, seeds in found['results'].items()}
 
     rows, results = {}, {}                           # of each seed, by name
     for name, path in names(args.table):
@@ -438,12 +470,12 @@ def table(args):
             results.setdefault(label, []).extend(figures for figures, _ in seeds)
             rows.setdefault(label, []).extend(row for _, row in seeds)
     if args.out:
-        Path(args.out).write_text(json.dumps({'results': results}, indent=1) + '\n')
+        write_json(Path(args.out), {'results': results})
     headers = list(dict.fromkeys(h for seeds in rows.values() for row in seeds for h in row))
     print('| ' + ' | '.join(['', *headers]) + ' |\n|' + '---|' * (1 + len(headers)))
     for label, seeds in rows.items():
         cells = [cell(h, [row.get(h, np.nan) for row in seeds]) for h in headers]
-        print('| ' + ' | '.join([label, *cells]) + ' |')
+        print('| ' + ' | '.join([in_cell(label), *cells]) + ' |')
 
 
 PANELS = {  # title: value of a record, None where it has none
@@ -455,6 +487,7 @@ PANELS = {  # title: value of a record, None where it has none
     'F1 of sampled answers (%)': lambda r: r.get('dev', {}).get('sample_f1'),
     'distinct-2 of sampled answers': lambda r: r.get('dev', {}).get('distinct2'),
     'longest run of a token': lambda r: r.get('longest_run')}
+STYLES = '-', '--', ':', '-.'        # of as many runs as there are colours, each
 COLOURS = '#4c8dd6 #e0823d #3fa66a #b565c9 #d1555b #8f8a2f #30a5b5 #9a7b5f #d66fa6'.split()
 
 
@@ -475,10 +508,13 @@ def draw(groups, out):
     """A PNG of runs, lists of records, by name: the mean over those of a name, and their band."""
     from matplotlib.figure import Figure             # here, for it takes half a second
     figure, grey = Figure(figsize=(15, 6.2), facecolor='none'), '#858c95'    # for white and black
+    hues = [(style, hue) for style in STYLES for hue in COLOURS]
     for ax, (title, value) in zip(figure.subplots(2, 4).flat, PANELS.items()):
-        for hue, (name, runs) in zip(COLOURS * len(groups), groups.items()):
+        for (style, hue), (name, runs) in zip(hues * len(groups), groups.items()):
             at, values = curves(runs, value)
-            ax.plot(at, [*map(np.mean, values)], color=hue, lw=1.8, label=name.replace('$', r'\$'))
+            # a label that begins with _ would not be in the legend
+            ax.plot(at, [*map(np.mean, values)], color=hue, lw=1.8, ls=style, ms=5,
+                    marker='o' if len(at) == 1 else '', label=' ' + name.replace('$', r'\$'))
             ax.fill_between(at, [*map(min, values)], [*map(max, values)], color=hue, alpha=.2, lw=0)
         ax.set_visible(any(len(line.get_xdata()) for line in ax.lines))
         ax.set_title(title, color=grey, fontsize=11)
@@ -507,35 +543,36 @@ FLAGS = {  # as argparse takes them
     'context': dict(help='the passage that the answer to --question is in'),
     'samples': dict(type=int, default=1, help='answers, with --ckpt'),
     'prompts': dict(type=int, help='dev prompts: 10 to compare, 4000 to evaluate'),
-    'out': dict(help='file to write (out/evaluation.json, out/curves.png)'),
-    'data': dict(help='as in training; by default what the checkpoint says'),
+    'out': dict(type=expanduser, help='file to write (out/evaluation.json, out/curves.png)'),
+    'data': dict(type=expanduser, help='as in training; by default as the checkpoint says'),
     'temperature': dict(type=float, nargs='+', help='0: greedy; by default as in training'),
     'top_k': dict(type=int, help='sample among so many tokens; by default among all'),
     'seed': dict(type=int, default=1, help='of the sampling noise'),
     'batch_size': dict(type=int, default=64, help='prompts at a time, those learned from included'),
     'micro_batch': dict(type=int, default=16, help='of one backward pass; less to save memory'),
-    'base': dict(help='with --evaluate, what judges and KL start from; else the first file'),
+    'base': dict(type=expanduser, help='what judges and KL start from; else the first file'),
     'test_steps': dict(type=int, default=400, help='of a fresh discriminator; 0 for none'),
     'test_lr': dict(type=float, help='its learning rate, .064 / n_embd'),
     'best_of': dict(type=int, help='to --evaluate so many samples that --discriminator ranks, too'),
-    'discriminator': dict(help='the ckpt.pt of a run, whose discriminator chooses'),
+    'discriminator': dict(type=expanduser, help='a run, whose discriminator chooses'),
     'dtype': dict(choices=['auto', 'bfloat16', 'float32'], default='auto', help='of activations'),
     'device': dict(default='auto', help='cuda, cuda:1, mps or cpu; auto takes the first there is')}
 LEAST = {'seed': 0, 'test_steps': 0, 'test_lr': 1e-9, 'temperature': .01}    # others': 1
 
 
+@command_line()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = {'ckpt': ask, 'compare': compare, 'evaluate': evaluate, 'table': table, 'plot': plot}
     what = parser.add_mutually_exclusive_group(required=True)
     for name, run in modes.items():
-        several = {} if name == 'ckpt' else {'nargs': '+'}
+        several = {'type': expanduser} if name == 'ckpt' else {'nargs': '+'}
         what.add_argument(f'--{name}', metavar='FILE', help=run.__doc__, **several)
     for name, flag in FLAGS.items():
         default = ' (default: %(default)s)' if 'default' in flag else ''
         parser.add_argument(f'--{name}', **flag | {'help': flag['help'] + default})
-    args = parser.parse_args(argv)
+    args = parse_known(parser, argv)
     mode = next(name for name in modes if getattr(args, name) is not None)
     temperatures = args.temperature or [1.0]
     if mode == 'ckpt' and not (args.question or '').strip():
@@ -546,20 +583,13 @@ def main(argv=None):
     if len({*temperatures}) < len(temperatures) or temperatures[1:] and mode != 'evaluate':
         parser.error(f'--temperature {temperatures}: give one, or several once each to --evaluate')
     for name, value in [*vars(args).items(), *(('temperature', t) for t in temperatures if t)]:
-        if isinstance(value, (int, float)) and not LEAST.get(name, 1) <= value < 2 ** 63:
+        if isinstance(value, (int, float)) and not LEAST.get(name, 1) <= value < 2 ** 32:
             zero = '0, or ' if name == 'temperature' else ''
-            parser.error(f'--{name} {value}: give {zero}at least {LEAST.get(name, 1)}, below 2^63')
+            parser.error(f'--{name} {value}: give {zero}at least {LEAST.get(name, 1)}, below 2^32')
     args.prompts, args.compile = args.prompts or (4000 if mode == 'evaluate' else 10), False
-    if hasattr(sys.stdout, 'reconfigure'):           # what a console lacks is a question mark there
-        sys.stdout.reconfigure(errors='replace')
-    try:
-        if mode not in ('table', 'plot'):
-            open_device(args)
-        modes[mode](args)
-    except (ValueError, OSError) as e:
-        sys.exit(str(e))
-    except torch.OutOfMemoryError:
-        sys.exit(memory_full())
+    if mode not in ('table', 'plot'):
+        open_device(args)
+    modes[mode](args)
 
 
 if __name__ == '__main__':
