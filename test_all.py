@@ -2,6 +2,7 @@
 Everything checked, on a CPU and offline: `python test_all.py [parts of names]`, or pytest.
 """
 
+import ast
 import collections
 import contextlib
 import copy
@@ -25,10 +26,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unittest
 import unittest.mock
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -61,7 +64,13 @@ import reinforce
 import sample
 from model import GPT, Discriminator, GPTConfig, Rollout, load_checkpoint, save_checkpoint
 
-SCRIPTS = [reinforce, ppo, gumbel]
+SMALL = ['--tiny', '--n_layer', '1', '--n_embd', '16', '--sft_iters', '4', '--iters', '4',
+         '--batch_size', '8', '--eval_interval', '2', '--eval_prompts', '12', '--d_warmup_iters',
+         '1', '--d_dropout', '.1', '--sft_batch_size', '8', '--samples', '2',
+         '--anchor', '.1', '--beta', '.01']
+# flags of small runs; for the tests of all scripts, another one is another row
+SMALL_OF = {reinforce: SMALL, ppo: [*SMALL, '--minibatch', '4', '--pretrain', '.1'], gumbel: SMALL}
+SCRIPTS = [*SMALL_OF]
 patched = unittest.mock.patch.object
 unclipped = patched(model, 'GRAD_CLIP', 1e9)
 
@@ -405,6 +414,7 @@ def test_em_and_f1_equal_an_independent_computation():
         scores.append([max(float(said == g) for g in golds), max(overlap(said, g) for g in golds)])
     out, scores = data.score_answers(predictions, examples), 100 * np.array(scores)
     no = np.array([not e['answers'] for e in examples])
+    assert data.score_answer('unanswerable', {'answers': ['Unanswerable', 'Ada']}) == (1, 1)
     assert .1 < no.mean() < .5 and 10 < scores[:, 0].mean() < scores[:, 1].mean() < 90
     for name, rows in ('', no | ~no), ('has_', ~no), ('no_', no):
         assert np.allclose([out[name + 'em'], out[name + 'f1']], scores[rows].mean(0), rtol=1e-9)
@@ -522,6 +532,10 @@ def test_squad_files_are_checked():
     for text, words in ('{"data": []}', 'no question'), ('{"data": [', 'not JSON'):
         raises(ValueError, [str(file), words], read, text=text)
     raises(FileNotFoundError, ['dev-v2.0.json', '--data'], data.load_examples, 'nowhere', 'dev')
+    import datasets
+    full = unittest.mock.Mock(side_effect=PermissionError(13, 'Permission denied'))
+    with patched(datasets.Dataset, 'from_generator', full):
+        raises(OSError, [str(file), 'HF_HOME', 'Permission'], read, no)
 
 
 def test_real_squad():
@@ -1017,13 +1031,6 @@ def test_kl_penalty_has_the_exact_gradient():
 # -----------------------------------------------------------------------------
 # small runs
 
-SMALL = ['--tiny', '--n_layer', '1', '--n_embd', '16', '--sft_iters', '4', '--iters', '4',
-         '--batch_size', '8', '--eval_interval', '2', '--eval_prompts', '12', '--d_warmup_iters',
-         '1', '--d_dropout', '.1', '--sft_batch_size', '8', '--samples', '2',
-         '--anchor', '.1', '--beta', '.01']
-SMALL_OF = {reinforce: SMALL, ppo: [*SMALL, '--minibatch', '4', '--pretrain', '.1'], gumbel: SMALL}
-
-
 def train(script, out, *flags, caught=()):
     """A run in this process, of few examples and without its curves: most of a small one's time."""
     few = {'train': (400, 400), 'dev': (500, 500)}
@@ -1139,7 +1146,7 @@ def test_a_fresh_discriminator_is_right():
     assert same['ties'] == ties.sum() > 5 and same['pairs'] == 1200 - same['ties']
     assert len(same['judges']) == len({*same['judges']}) == 3  # of halves of their own
     rows, right = sample.fresh_discriminator(trunk, split, fake, mask, (1, 2), judging(50))
-    half = sample.halves(sample.passages_of(split.examples), (1, 2))[1]
+    half = sample.halves(sample.groups_of(split), (1, 2))[1]
     assert np.array_equal(rows, half[~ties.numpy()[half]])
     assert right.mean() == same['judges'][2]
 
@@ -1154,11 +1161,16 @@ def test_a_fresh_discriminator_is_right():
 
 
 def test_no_prompt_is_on_both_sides_and_an_interval_by_hand():
+    """Nor a passage, where the prompts are questions alone."""
     split = people(400)[0]
-    learn, judge = sample.halves(sample.passages_of(split.examples), 0)
-    assert sorted([*learn, *judge]) == list(range(400)) and abs(len(learn) - len(judge)) < 4
-    for what in (lambda i: split.examples[i]['context'], lambda i: tuple(split.prompts[i])):
-        assert not {what(i) for i in learn} & {what(i) for i in judge}
+    chained = [{'context': f'{i // 2}', 'question': f'{i // 20} {(i % 20 + 1) // 2} ?',
+                'answers': []} for i in range(400)]  # i, i + 1 share now a passage, now a question
+    chains = data.Split(chained, data.load_tokenizer('toy'), 30, 6, context=False)
+    for some in split, chains:
+        learn, judge = sample.halves(sample.groups_of(some), 0)
+        assert sorted([*learn, *judge]) == list(range(400)) and abs(len(learn) - len(judge)) < 4
+        for kind in [e['context'] for e in some.examples], [*map(tuple, some.prompts.tolist())]:
+            assert not {kind[i] for i in learn} & {kind[i] for i in judge}
 
     trials = (np.random.default_rng(0).random(400) < .7).astype(float)
     # 400 passages with a trial each, or with 25
@@ -1172,7 +1184,7 @@ def test_kl_and_perplexity_against_sums():
     """KL exact at each token of the model's own samples, by hand from whole logits."""
     split, _, enc = people(6)
     one, base = (tiny_gpt(seed, vocab_size=enc.n_vocab, block_size=40) for seed in (0, 1))
-    kl, nll = sample.drift(one, base, split, .5, judging(1))
+    kl, perplexity = sample.drift(one, base, split, .5, judging(1))
     batch = split.batch(range(6))
     roll = one.generate(batch.prompt, batch.pad, 6, split.eos, temperature=.5,
                         rng=torch.Generator().manual_seed(1))
@@ -1184,7 +1196,7 @@ def test_kl_and_perplexity_against_sums():
     wanted = sum((p[i, t] * (p[i, t] / q[i, t]).log()).sum() for i, t in mask.nonzero())
     assert abs(kl - wanted / mask.sum()) < 1e-5 and kl > 0
     wanted = sum(-gold[i, t, batch.response[i, t]].log() for i, t in batch.mask.nonzero())
-    assert abs(nll - wanted / batch.mask.sum()) < 1e-4
+    assert abs(math.log(perplexity) - wanted / batch.mask.sum()) < 1e-4
 
 
 def test_best_of_n_by_hand():
@@ -1218,7 +1230,7 @@ def test_best_of_n_by_hand():
 def test_runs_are_judged_compared_tabled_and_drawn():
     at, runs = folder('judged'), [small_run(gumbel, '--seed', seed) for seed in (1, 2)]
     files, found, base = [at / 'one.json', at / 'two.json'], [], runs[0] / 'sft.pt'
-    chosen = ['--base', base, '--best_of', 2, '--discriminator', runs[0] / 'ckpt.pt']
+    chosen = ['--base', base, '--best_of', 2, '--discriminator', runs[0]]    # a run's folder
     for run, file, more in zip(runs, files, ([], chosen)):
         text = printed('--evaluate', f'sft={run}/sft.pt', f'tuned={run}/ckpt.pt', '--prompts', 40,
                        '--test_steps', 2, '--out', file, *more)
@@ -1246,7 +1258,7 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     assert row.split(' | ')[column] == '75.0 ± 0.0' and row.endswith('| – | – | – |'), row
     assert printed('--table', both).strip().splitlines()[-1] == row
     assert 'F1 chosen' in printed('--table', files[1])
-    for wrong in (1, 'x', [1], ['x'], [{'em': 1}], [{**f, 'em': None}], [{**f, 'prompts': 0}]):
+    for wrong in (1, 'x', [1], ['x'], [{'em': 1}], [{**f, 'em': 'x'}], [{**f, 'prompts': 0}]):
         both.write_text(json.dumps({'results': {'sft': wrong}}))
         refused(['both.json', 'holds no results'], '--table', both)
     png = at / 'all.png'
@@ -1259,6 +1271,45 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     reach = {x: values for x, values in curves if x >= 2}
     assert max(reach) > 296
     assert all(values == ([0, 1] if x < 198 else [0]) for x, values in reach.items())
+
+
+def test_a_network_that_diverged_is_judged_beside_others():
+    """What is not finite is null in the JSON and – in a table; what is large is short."""
+    at, run = folder('diverged'), small_run(reinforce, '--iters', 0)
+    for name, scale in ('bad', 1e4), ('worse', 30):
+        saved = load_checkpoint(run / 'sft.pt')
+        saved['model']['ln_f.weight'] *= scale
+        save_checkpoint(at / f'{name}.pt', saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', RuntimeWarning)
+        printed('--evaluate', f'good={run}', f'b|d\n={at}/bad.pt', f'worse={at}/worse.pt',
+                f'last={run}', '--prompts', 6, '--test_steps', 0, '--out', at / 'x.json')
+        text = printed('--table', at / 'x.json', '--out', at / 'y.json')
+    for name in 'x.json', 'y.json':
+        found = json.loads((at / name).read_text(), parse_constant=int)['results']
+        assert found['b|d\n'][0]['perplexity'] is None and found['good'] == found['last']
+    good, bad, worse, last = text.splitlines()[2:]
+    assert bad.startswith(r'| b\|d | ') and bad.endswith('| – |') and last.count('|') == 14
+    assert re.fullmatch(r'.* \d\.\d\de\+\d\d \|', worse), worse
+    few = dict(judges=[.5], accuracy=.5, low=0., high=1., pairs=300, ties=0)
+    for groups, said in (9, True), (10, False):
+        with patched(sample, 'told_apart', lambda *a, groups=groups: {**few, 'groups': groups}):
+            text = printed('--evaluate', run, '--prompts', 6, '--out', at / 'z.json')
+        assert (f'interval of {groups} passages, which is too narrow' in text) == said
+
+
+def test_curves_have_a_name_and_a_look_each():
+    """Also what matplotlib would leave out or set as a formula; one evaluation is a dot."""
+    from matplotlib.figure import Figure
+    names, drawn = ['_a', '$a$', 'a', *map(str, range(9))], []
+    runs = {name: [[{'iter': i, 'dev': {'f1': 1.}} for i in range(1 + (name != 'a'))]]
+            for name in names}
+    with patched(Figure, 'savefig', lambda self, *a, **k: drawn.append(self)):
+        sample.draw(runs, folder('looks') / 'x.png')
+    said = [t.get_text().replace(r'\$', '$').strip() for t in drawn[0].legends[0].get_texts()]
+    lines = next(ax for ax in drawn[0].axes if ax.get_title() == 'F1 on dev (%)').lines
+    assert said == names and len({(z.get_color(), z.get_linestyle()) for z in lines}) == 12
+    assert [z.get_marker() == 'o' for z in lines] == [name == 'a' for name in names]
 
 
 def test_only_what_is_named_alike_is_merged():
@@ -1456,6 +1507,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
             assert abs(saved['running']['baseline'] - mean) < 1e-9 and mean != later[0]
 
 
+def test_a_resume_reads_nothing_outside_its_folder():
+    at, whole, parts = folder('start'), folder('whole start'), folder('parts start')
+
+    def write(path, **size):
+        gpt = tiny_gpt(vocab_size=data.load_tokenizer('toy').n_vocab, block_size=32, **size)
+        save_checkpoint(path, {'model': gpt.state_dict(), 'gpt_config': asdict(gpt.config)})
+
+    for script in SCRIPTS:
+        flags = [*SMALL_OF[script], '--init_from', at / 'i.pt', '--overwrite']
+        write(at / 'i.pt')
+        train(script, whole, *flags)
+        for station in 'sft_iter', 'score':
+            write(at / 'i.pt')
+            cut_short(script, parts, *flags, at=(station, 2))
+            write(at / 'i.pt', n_embd=24) if station == 'score' else (at / 'i.pt').unlink()
+            train(script, parts, '--resume')
+            ended_alike(whole, parts)
+
+
 def test_the_learning_rate_is_reached():
     """By the generator's own steps, however late they begin; so is the warm start's."""
     for steps in 1, 2, 7, 150, 8000:
@@ -1544,6 +1614,21 @@ def test_a_number_that_is_not_finite_ends_the_run():
             assert all(v.isfinite().all() for v in state.values()), (station, file)
         assert 'NaN' not in (out / 'metrics.jsonl').read_text()
         assert train(script, out, '--resume')['tuned']['f1'] >= 0
+    evaluate = sample.evaluate_run
+    with patched(sample, 'evaluate_run', lambda *a: ({'reward': math.inf}, evaluate(*a)[1])):
+        raises(FloatingPointError, ['reward is inf at iter 0'], train, gumbel, folder('dev'),
+               *SMALL)
+    assert 'Infinity' not in (SCRATCH / 'dev' / 'metrics.jsonl').read_text()
+    for script, flag, rate, iters, file in ((reinforce, '--sft_lr', 1e6, 1, 'sft.pt'),
+                                            (gumbel, '--lr', 9e18, 1, 'ckpt.pt'),
+                                            (ppo, '--d_lr', 1e8, 2, 'ckpt.pt')):
+        out = folder('diverged run')                 # with finite figures to the end
+        raises(FloatingPointError, [f'{file} is not written', '--resume'], train, script, out,
+               *SMALL_OF[script], '--sft_iters', 1, '--iters', iters, '--d_warmup_iters', 0,
+               '--eval_interval', 9, flag, rate)
+        saved = load_checkpoint(out / file)
+        assert saved.get('iter', saved.get('sft_iter')) == 0
+        train(script, out, '--resume', flag, .001)
 
 
 def fuzz(path, read, spoil):
@@ -1640,7 +1725,7 @@ def steps_of_all_scripts(**where):
     """Gradients and figures of every kind of update on this rank's share of 4 prompts, by script
     and kind; `where` as in `case`."""
     found = {}
-    for script in SCRIPTS:
+    for script in reinforce, ppo, gumbel:
         name = script.__name__
         flags = {'ppo': ['--minibatch', '4', '--pretrain', '.7'],
                  'gumbel': ['--encoding', 'hard']}.get(name, [])
@@ -1814,6 +1899,8 @@ def test_a_collapse_is_known_and_stops_the_run():
         raises(FloatingPointError, ['collapsed by iteration 22', 'ckpt.pt'], train, reinforce, out,
                *SMALL, '--iters', '40', '--eval_interval', '10', '--d_warmup_iters', '2')
         assert load_checkpoint(out / 'ckpt.pt')['iter'] == 0
+        cut_short(reinforce, out, *SMALL, '--iters', 40, '--overwrite', at=('score', 9))
+        assert load_checkpoint(out / 'ckpt.pt')['iter'] == 0     # nor by a signal
         train(reinforce, out, *SMALL, '--iters', '9', '--overwrite')         # the last is kept
         assert load_checkpoint(out / 'ckpt.pt')['iter'] == 9 and 'final' in records(out)[-1]
     # what counts is the fall since the generator moves
@@ -1852,6 +1939,8 @@ def test_no_share_of_unanswerable_is_a_collapse():
 def test_a_mistake_is_one_sentence():
     full, run, later = folder('full'), small_run(reinforce, '--iters', 0), small_run(reinforce)
     (full / 'metrics.jsonl').write_text('')
+    lost = folder('lost')
+    shutil.copy(later / 'ckpt.pt', lost)
     ask, goes_on = '--ckpt gone.pt --question', f'--out_dir {run} --resume'
     for script, flags, words in (
             (sample, '--table gone.json', ['gone.json', '--evaluate']),
@@ -1871,7 +1960,7 @@ def test_a_mistake_is_one_sentence():
             (reinforce, '--tiny --device meta', ['--device meta', 'another']),
             (reinforce, '--tiny --samples 1', ['--samples 1', '--baseline mean']),
             (reinforce, '--tiny --init_from gone.bin', ['gone.bin']),
-            (reinforce, '--tiny --init_from gpt2', ['gpt2', 'offline', 'a folder']),
+            (reinforce, '--tiny --init_from gpt2', ['gpt2', 'offline', 'HF_HOME']),
             (reinforce, f'--tiny --init_from {run}/sft.pt --max_prompt 99',
              ['--max_prompt 99', 'block size 32']),
             (reinforce, f'--tiny --out_dir {full}', [str(full), '--resume', '--overwrite']),
@@ -1881,6 +1970,8 @@ def test_a_mistake_is_one_sentence():
               for name, value, has in (('n_embd', 32, 16), ('max_response', 7, 6), ('data', 'x',
                                        'toy'), ('max_prompt', 9, 26), ('sft_iters', 9, 4))),
             (reinforce, f'--iters 3 --out_dir {later} --resume', ['--iters 3', 'is at 4']),
+            (reinforce, f'{goes_on} --init_from gpt2', ['--init_from gpt2', 'has scratch']),
+            (reinforce, f'--resume --out_dir {lost}', [str(lost), 'no checkpoint sft.pt']),
             (ppo, goes_on, [str(run), 'of reinforce.py', 'another script']),
             (ppo, '--minibatch 1000', ['--minibatch 1000', '--batch_size 64']),
             (ppo, '--clip 0', ['--clip 0', 'from 0.001']),
@@ -1896,13 +1987,16 @@ def test_a_mistake_is_one_sentence():
         else:
             raises((ValueError, OSError), words, lambda script=script, flags=flags: script.train(
                 parse(script, '--out_dir', tempfile.mkdtemp(dir=SCRATCH), *flags)))
-    raises(FileNotFoundError, ['squad_v2', 'offline'], data.load_examples, 'squad_v2', 'dev')
+    raises(FileNotFoundError, ['squad_v2', 'offline', 'HF_HOME'], data.load_examples, 'squad_v2',
+           'dev')
 
     file = folder('older') / 'ckpt.pt'               # what is no run of this version
+    file.with_name('sft.pt').touch()
     good = {'format': model.FORMAT, 'script': 'reinforce', 'settings': asdict(reinforce.Config())}
     for state, words in (([1], 'no run'), ({'model': {}, 'model_args': {}}, 'no run'),
                          ({**good, 'format': None}, 'version'), ({**good, 'format': 0}, 'version'),
                          ({**good, 'script': 'ppo'}, 'ppo.py, another script'),
+                         ({**good, 'script': 'mine', 'settings': {}}, 'mine.py, another script'),
                          ({**good, 'settings': {'mine': 1}}, 'another script')):
         save_checkpoint(file, state)
         raises(ValueError, ['--resume', 'ckpt.pt', words], parse, reinforce, '--resume',
@@ -1926,7 +2020,18 @@ def test_every_flag_refuses_what_it_cannot_take():
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 raises(SystemExit, ['2'], parse, script, f'--{name}=x')
             assert f'--{name}' in err.getvalue(), err.getvalue()
-        parse(script, '--tiny', '--seed', 2 ** 63 - 1)
+        parse(script, '--tiny', '--seed', 2 ** 32 - 1)           # all that a CPU's generator takes
+        raises(ValueError, [f'from 0 to {2 ** 32 - 1}'], parse, script, '--seed', 2 ** 32 + 1)
+        raises(ValueError, ['--lr -1.0: give a number of at least 0'], parse, script, '--lr', -1)
+        assert parse(script, '--tiny', '--out_dir=~/a run').out_dir == str(Path.home() / 'a run')
+    assert sample.names(['A=~/run', '~/run']) == [('A', f'{Path.home()}/run'),
+                                                  ('~/run', f'{Path.home()}/run')]
+    for call, flag in ((functools.partial(parse, ppo), 'batch_size'), (bench.main, 'mean_length'),
+                       (lambda *a: sample.main(['--table', 'x', *a[-1:]]), 'top_k')):
+        hyphens = f'--{flag.replace("_", "-")}=3'
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            raises(SystemExit, ['2'], call, *([[hyphens]] if call is bench.main else [hyphens]))
+        assert f'{hyphens}: did you mean --{flag}?' in err.getvalue(), err.getvalue()
 
 
 def test_folders_that_are_taken_or_oddly_named():
@@ -1945,12 +2050,13 @@ def test_folders_that_are_taken_or_oddly_named():
 
 
 def test_a_signal_saves_and_exits():
-    """A closed terminal sends two, itself and by its shell, and cannot be written to any more. Of
-    torchrun's ranks one writes and prints; they go on from one rank's checkpoint."""
+    """A closed terminal sends two, itself and by its shell, and cannot be written to any more, nor
+    can a pipe of which the reader got the signal, too; nor need there be one. A scheduler tells
+    torchrun and its ranks, which are told once more by that. One rank writes and prints."""
     out, done = folder('signalled'), 0
     ranks = '-m torch.distributed.run --standalone --nproc_per_node 2'.split()
-    for number, how, flags in ((signal.SIGINT, [], SMALL), (signal.SIGTERM, [], ['--resume']),
-                               (signal.SIGTERM, ranks, ['--resume']),
+    for number, how, flags in ((signal.SIGINT, [], [*SMALL, '--eval_interval', '1']),
+                               (signal.SIGTERM, ranks, ['--resume', '--eval_interval', '2']),
                                (signal.SIGHUP, [], ['--resume', '--eval_interval', '1'])):
         terminal, end = os.openpty()
         start = [sys.executable, *how, reinforce.__file__, *flags, '--iters', '100000', '--out_dir']
@@ -1959,20 +2065,72 @@ def test_a_signal_saves_and_exits():
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)), b''
         os.close(end)
         os.set_blocking(terminal, False)
-        while process.poll() is None and not After(out, 'score', done + 2):
-            with contextlib.suppress(OSError):       # it holds 4 kB
-                said += os.read(terminal, 4096)
-            time.sleep(.05)
-        process.send_signal(number)
+        for n, close in (2, True), (5, False):       # the reader goes, and the run goes on
+            while process.poll() is None and not After(out, 'score', done + n):
+                with contextlib.suppress(OSError):   # it holds 4 kB
+                    said += os.read(terminal, 4096)
+                time.sleep(.05)
+            if close:
+                os.close(terminal)
+        tree = Path(f'/proc/{process.pid}/task/{process.pid}/children')      # Linux
+        workers = tree.read_text().split() if how and tree.exists() else []
+        for pid in process.pid, *map(int, workers):
+            os.kill(pid, number)
         if number == signal.SIGHUP:
-            os.close(terminal)
             process.send_signal(number)
         assert process.wait(60) == (1 if how else 128 + number), process.stderr.read()
-        if number != signal.SIGHUP:
-            os.close(terminal)
         assert said.count(b'train: ') == 1
         done = load_checkpoint(out / 'ckpt.pt')['iter']
         assert done == max(r['iter'] for r in records(out) if 'score' in r) + 1
+
+
+def test_without_a_reader_a_run_goes_on():
+    """Silently, to its end; sample.py, too; so where standard output or error is closed."""
+    out, run = folder('unread'), f'reinforce.py {shlex.join(SMALL)} --overwrite --out_dir .'
+    more = f'sample.py --compare {small_run(reinforce)} --prompts 200'
+    for line in f'{run} 2>&1 | head -n 1', f'{run} >&- 2>&-', f'{more} 2>&1 | head -n 1':
+        (out / 'metrics.jsonl').unlink(missing_ok=True)
+        done = subprocess.run(
+            ['bash', '-c', f'{sys.executable} {HERE}/{line}; echo ${{PIPESTATUS[0]}} >rc'],
+            cwd=out, capture_output=True, text=True, timeout=300)
+        assert (out / 'rc').read_text() == '0\n' and not done.stderr, done
+        assert line.startswith('sample') or records(out)[-1].keys() == {'final'}
+
+
+def test_main_leaves_a_process_as_it_was():
+    """One that goes on, as a notebook, and keeps the exception: no lock, no handler of signals, no
+    backend of matplotlib. A thread may call it. A second SIGINT ends a process, but not at once."""
+    import matplotlib
+    out, numbers = folder('notebook'), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    def state():
+        backend = dict.__getitem__(matplotlib.rcParams, 'backend')
+        return [*map(signal.getsignal, numbers)], sys.stdout, sys.stderr, backend
+
+    before = state()
+    flags, kept = [*SMALL, '--iters', '0', '--out_dir', str(out)], []
+
+    def call(*more):
+        try:
+            model.main(*command_line(reinforce), reinforce.train, [*flags, *more])
+        except SystemExit as e:
+            kept.append(e)
+
+    call('--init_from', 'gone.pt')
+    with patched(data, 'TOY_SIZE', {'train': (400, 400), 'dev': (500, 500)}):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert records(out)[-1].keys() == {'final'} and len(kept) == 1 and state() == before
+
+    now = [0.]
+    with (model.caught_signals() as caught, patched(time, 'monotonic', lambda: now[0]),
+          patched(os, '_exit', side_effect=SystemExit) as leave):
+        for now[0], number in (0., signal.SIGTERM), (.3, signal.SIGTERM), (.4, signal.SIGINT), (
+                9., signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert caught == [15, 15, 2, 15] and not leave.called
+        raises(SystemExit, [], os.kill, os.getpid(), signal.SIGINT)
+        leave.assert_called_with(130)
 
 
 def test_the_commands_of_the_readme():
@@ -2065,28 +2223,42 @@ def test_no_drift():
     banners = ['config', 'losses', 'scores and rewards', 'training']
     stations = ['setup', 'data and models', 'warm start', 'resume', 'evaluate and checkpoint',
                 'rollout', 'discriminator step', 'generator step', 'log']
-    own = {'Config', 'train', 'check'}               # same name, another text
-    functions, settings = [], []
     for script in SCRIPTS:
-        config, body = inspect.getsource(script.Config), inspect.getsource(script.train)
-        assert re.findall(r'^    (\w+):.*?  # +.*$', config, re.M) == [
-            f.name for f in fields(script.Config)]
-        assert re.findall(r'^# -+\n# ([\w ]+)', inspect.getsource(script), re.M) == banners
-        assert re.findall(r'^ +# ([a-z ]+)$', body, re.M) == stations, body
-        functions.append({n: inspect.getsource(f) for n, f in vars(script).items()
-                          if inspect.isroutine(f) and f.__module__ == script.__name__
-                          and n not in own})
-        settings.append(dict(re.findall(r'^    (\w+): (.*)$', config, re.M)))
-        assert f"str = 'out/{script.__name__}'" in settings[-1].pop('out_dir')
-        lr = '5e-6' if script is ppo else '1e-5'     # of four updates a rollout, of one
-        assert settings[-1].pop('lr').startswith(f'float = {lr} ')
-        assert script.Config.script == script.__name__
-    del functions[2]['discriminator_step']           # Gumbel-softmax shows it relaxed answers
-    for found, least in (functions, 5), (settings, 30):
-        for one, other in itertools.combinations(found, 2):
-            shared = [n for n in one if n in other]
-            assert shared == [n for n in other if n in one] and len(shared) >= least
-            assert all(one[n] == other[n] for n in shared)
+        name, config = script.__name__, script.Config
+        text, body, notes = map(inspect.getsource, (script, script.train, config))
+        assert re.findall(r'^    (\w+):.*?  # +.*', notes, re.M) == [f.name for f in fields(config)]
+        assert re.findall(r'^# -+\n# ([\w ]+)', text, re.M) == banners, f'{name}: banners'
+        assert re.findall(r'^ +# ([a-z ]+)$', body, re.M) == stations, f'{name}: stations'
+        assert (config.script, config.out_dir) == (name, f'out/{name}')
+        assert config.lr == (5e-6 if script is ppo else 1e-5)    # of four updates a rollout, of one
+    for one, other in itertools.combinations(SCRIPTS, 2):
+        assert not (found := drift(one, other)), found
+    fork = SimpleNamespace(**vars(reinforce) | {'__name__': 'fork', 'reward': lambda scores: 0})
+    assert drift(reinforce, fork)[0].startswith('fork.py, reward: ')
+    assert 'reinforce.py: def reward(' in drift(reinforce, fork)[0]
+
+
+def code_of(script):
+    """The functions and flags that a script may share, by name: lines, without comments."""
+    found = {n: ast.unparse(ast.parse(inspect.getsource(f).strip())).splitlines()
+             for n, f in vars(script).items() if inspect.isfunction(f)
+             and f.__module__ != 'model' and n not in ('train', 'check')}
+    if script is gumbel:                             # the discriminator is shown relaxed answers
+        del found['discriminator_step']
+    return found | {f'--{f.name}': [f'{f.type} = {f.default}'] for f in fields(script.Config)
+                    if f.name not in ('out_dir', 'lr')}
+
+
+def drift(one, other):
+    """A sentence on each function and flag of one name that differs in two scripts."""
+    a, b = code_of(one), code_of(other)
+    shared = [n for n in a if n in b]
+    lines = {n: [p for p in itertools.zip_longest(a[n], b[n], fillvalue='') if len({*p}) > 1]
+             for n in shared}
+    found = [f'{other.__name__}.py, {n}: {p[0][1]} | {one.__name__}.py: {p[0][0]}'
+             for n, p in lines.items() if p]
+    moved = shared != [n for n in b if n in a]
+    return found + [f'{other.__name__}.py: in another order than {one.__name__}.py'] * moved
 
 
 # -----------------------------------------------------------------------------
@@ -2492,7 +2664,7 @@ def run(name):
         verdict, notes = 'ok', ''
     except unittest.SkipTest as e:
         verdict, notes = 'skipped', f': {e}'
-    except Exception:
+    except (Exception, SystemExit):                  # whose code may be 0
         verdict, notes = 'FAILED', f'\n{traceback.format_exc()}'
     notes += ''.join(f'\n    {z}' for z in said.getvalue().splitlines() if z.startswith('# '))
     return verdict, f'{name}  {time.perf_counter() - start:.1f} s  {verdict}{notes}'
