@@ -648,7 +648,7 @@ def caught_signals():
 def load_generator(cfg, n_vocab):
     """The generator that --init_from names, or that of the run to resume, on the device."""
     if cfg.resume:
-        generator = GPT.from_pretrained(cfg.out_dir)
+        generator = GPT.from_pretrained(last_checkpoint(cfg.out_dir))
     elif cfg.init_from == 'scratch':
         generator = GPT(GPTConfig(cfg.max_prompt + cfg.max_response, n_vocab, cfg.n_layer,
                                   cfg.n_head, cfg.n_embd))
