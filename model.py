@@ -555,8 +555,7 @@ def parse(argv, doc, Config, tiny, bounds, check):
         if type(value) in (int, float):
             least, most = bounds.get(name, (1 if type(value) is int else 0, None))
             if not least <= value <= (most or 2 ** 63 - 1):
-                rule = (f'from {least} to {most}' if most else
-                        f'of at least {least}' if value < least else 'below 2^63')
+                rule = f'from {least} to {most}' if most else f'of at least {least}, below 2^63'
                 raise ValueError(f'--{name} {value}: give a number {rule}')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
@@ -647,13 +646,12 @@ def caught_signals():
 
 def load_generator(cfg, n_vocab):
     """The generator that --init_from names, or that of the run to resume, on the device."""
-    if cfg.resume:
-        generator = GPT.from_pretrained(last_checkpoint(cfg.out_dir))
-    elif cfg.init_from == 'scratch':
+    source = last_checkpoint(cfg.out_dir) if cfg.resume else cfg.init_from
+    if source == 'scratch':
         generator = GPT(GPTConfig(cfg.max_prompt + cfg.max_response, n_vocab, cfg.n_layer,
                                   cfg.n_head, cfg.n_embd))
     else:
-        generator = GPT.from_pretrained(cfg.init_from)
+        generator = GPT.from_pretrained(source)
     return generator.to(cfg.device).eval()
 
 
@@ -947,9 +945,10 @@ def save(path, generator, log, **more):
     keep_freed_memory(False)
     tokens = torch.arange(min(32, generator.config.block_size), device=generator.wte.weight.device)
     trunks = [generator, *(z.trunk for z in more.values() if isinstance(z, Discriminator))]
+    tokens = tokens[None] % generator.config.vocab_size
     with torch.no_grad(), torch.compiler.set_stance('force_eager'):          # no graph for this
-        logits = [trunk(tokens[None] % generator.config.vocab_size) for trunk in trunks]
-    if not all(z.isfinite().all() for z in logits):
+        diverged = not all(trunk(tokens).isfinite().all() for trunk in trunks)
+    if diverged:
         raise FloatingPointError(
             f'{path} is not written, for a network has diverged; what was saved before it stays: '
             'give a lower learning rate, a flag that ends in lr, and --resume')
