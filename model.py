@@ -21,7 +21,6 @@ import json
 import linecache
 import math
 import os
-import pickle
 import re
 import signal
 import sys
@@ -318,10 +317,9 @@ class GPT(nn.Module):
         A GPT, in eval mode, from OpenAI's weights, ours or nanoGPT's.
 
         source  gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded); a folder with
-                config.json and model.safetensors, in one file or in shards, or pytorch_model.bin;
-                one .safetensors or .bin file; a .pt file of ours or of nanoGPT, whose exact GELU
-                is run as the tanh form; a run's folder, for its last checkpoint. Up to 47 tokens
-                beyond GPT-2's 50257 are left out
+                config.json and model.safetensors, or such a file; a .pt file of ours or of
+                nanoGPT, whose exact GELU is run as the tanh form; a run's folder, for its last
+                checkpoint. Up to 47 tokens beyond GPT-2's 50257 are left out
         raises  FileNotFoundError, ValueError: one sentence with the file and what is wrong with it
         """
         path = download(source) if source in HUB else Path(source)
@@ -454,17 +452,6 @@ def download(name):
                                 f'({type(e).__name__}): offline, give a folder or a file') from e
 
 
-def read_json(path):
-    """The dict in a file, with a byte order mark or without; raises a ValueError."""
-    try:
-        found = json.loads(path.read_text(encoding='utf-8-sig'))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path} is damaged: {ascii(str(e))}') from e
-    if not isinstance(found, dict):
-        raise ValueError(f'{path} is damaged: it holds no names and values')
-    return found
-
-
 def read_files(path):
     """Tensors as a folder or file names them, its settings, and whether its layout is OpenAI's."""
     if file := last_checkpoint(path):
@@ -473,25 +460,17 @@ def read_files(path):
             if key in saved:
                 return saved['model'], saved[key], False
         raise ValueError(f'{path} holds no model of ours or of nanoGPT')
-    files = [path / 'model.safetensors', path / 'pytorch_model.bin'] if path.is_dir() else [path]
-    files = [f for f in files if f.is_file() and f.suffix in ('.safetensors', '.bin')][:1]
-    shards = path / 'model.safetensors.index.json'
-    if not files and shards.is_file():
-        files = [path / name for name in dict.fromkeys(read_json(shards)['weight_map'].values())]
-    if not files:
+    file = path / 'model.safetensors' if path.is_dir() else path
+    if not file.is_file() or file.suffix != '.safetensors':
         raise FileNotFoundError(
             f'{path} {"holds no weights" if path.exists() else "not found"}: give one of '
-            f'{", ".join(HUB)}, a .pt, .safetensors or .bin file, or a folder with '
-            'model.safetensors or pytorch_model.bin')
-    raw = {}
-    for file in files:
-        try:
-            held = load_file(file) if file.suffix == '.safetensors' else load_checkpoint(file)
-            raw.update(held.items())
-        except (SafetensorError, AttributeError) as e:
-            raise ValueError(f'{file} is damaged: {ascii(str(e))}') from e
-    settings = files[0].with_name('config.json')
-    return raw, read_json(settings) if settings.is_file() else {}, True
+            f'{", ".join(HUB)}, a .pt or .safetensors file, or a folder with model.safetensors')
+    beside = file.with_name('config.json')
+    try:
+        settings = json.loads(beside.read_text(encoding='utf-8-sig')) if beside.is_file() else {}
+        return load_file(file), dict(settings), True
+    except (SafetensorError, ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f'{file} or its config.json is damaged: {ascii(str(e))}') from e
 
 
 def read_weights(path):
@@ -758,11 +737,9 @@ def load_checkpoint(path):
         return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path} not found: give the path of a checkpoint') from None
-    except pickle.UnpicklingError as e:
-        raise ValueError(f'{path} refused, nothing executed: it is damaged, or holds more than '
-                         'tensors and plain values') from e
     except Exception as e:           # bytes that are no pickle end in an error of any kind
-        raise ValueError(f'{path} is not a readable checkpoint (truncated?): use another') from e
+        raise ValueError(f'{path} refused, nothing executed: it is truncated or damaged, or holds '
+                         'more than tensors and plain values') from e
 
 
 def last_checkpoint(path):

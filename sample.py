@@ -157,7 +157,7 @@ def side_by_side(examples, answers):
 
 
 def ask(args):
-    """Asks gpt2, a .pt, .safetensors or .bin file, or a folder, the --question."""
+    """Asks gpt2, a .pt or .safetensors file, or a folder, the --question."""
     example = {'question': args.question, 'context': args.context or '', 'answers': []}
     enc, split, _ = task_of([args.ckpt], args, [example] * args.samples)
     ids = answer(GPT.from_pretrained(args.ckpt).to(args.device), split, args.temperature[0], args)
