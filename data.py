@@ -4,11 +4,12 @@ The task: SQuAD 2.0 (Rajpurkar et al. 2018) in, prompts and responses out, and t
     prompt    [CONTEXT] {context}\n[QUESTION] {question}\n[ANSWER]
     response   {answer}<|endoftext|>, or  unanswerable<|endoftext|>
 
-The official files and the hub go through `datasets`, which also caches; the toy set is made here,
-in memory, and needs no download. Training takes the first gold answer, scoring all of them.
+Or data of one's own, see `load_examples`; the toy set is made here, in memory, and needs no
+download. Training takes the first gold answer, scoring all of them.
 """
 
 import collections
+import csv
 import json
 import re
 import string
@@ -21,102 +22,112 @@ import tiktoken
 import torch
 
 UNANSWERABLE = 'unanswerable'       # the response where SQuAD's gold answer is the empty string
-FILES = {'train': 'train-v2.0.json', 'dev': 'dev-v2.0.json'}
 
 # -----------------------------------------------------------------------------
-# SQuAD in
+# examples in
+
+HUB = {'squad_v2': 'rajpurkar/squad_v2', 'squad': 'rajpurkar/squad',
+       'adversarial_qa': 'UCLNLP/adversarial_qa'}
+OWN = '.jsonl', '.csv', '.parquet'  # files of rows: prompt, response, maybe context
+
 
 def load_examples(data, split, n=None):
     """
-    One split as a list of dicts: id, context, question, answers (texts, [] where unanswerable).
+    One split, train or dev, as a list of dicts: context ('' for none), question, answers (texts, []
+    where unanswerable).
 
-    data    squad_v2, toy, toy-varied, or a directory with train-v2.0.json and dev-v2.0.json
-    split   train or dev
-    n       at most so many, evenly spread over the split; the toy set makes as many as are asked
-            for, beginning with the same ones
-    raises  FileNotFoundError, ValueError naming the file and, where it is one record's, its id
+    data    toy, toy-varied; NAME or NAME:CONFIG of a set of SQuAD's schema on the hub; a file, one
+            of OWN or .json in SQuAD's schema, every tenth of whose prompts, with its passage, is
+            for dev; or a folder with one such file for either, train.* or train-v2.0.json
+    n       at most so many, evenly spread; the toy set makes as many, beginning with the same
+    raises  FileNotFoundError, ValueError naming the file and the line
     """
     if data in ('toy', 'toy-varied'):
         return toy_examples(split, n, varied=data == 'toy-varied')
-    examples = squad_examples(data, split)
+    path = Path(data)
+    if path.is_dir():
+        files = [f for f in path.glob(f'{split}[.-]*') if f.suffix in (*OWN, '.json')]
+        if len(files) != 1:
+            raise FileNotFoundError(f'{data} has {len(files)} files for {split}: give it one, '
+                                    f'{split}{f", {split}".join(OWN)} or {split}-v2.0.json')
+        examples = checked(files[0], rows_of(files[0]))
+    elif path.suffix in (*OWN, '.json'):
+        if not path.is_file():
+            raise FileNotFoundError(f'{path} not found: give --data another')
+        examples = checked(path, rows_of(path))
+        keys = [(e['question'].strip(), e['context'].strip()) for e in examples]
+        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        if len(number) < 10:
+            raise ValueError(f'{path} has {len(number)} different prompts: give ten or more, or a '
+                             'folder with a train and a dev file')
+        examples = [e for e, k in zip(examples, keys) if (number[k] % 10 == 9) == (split == 'dev')]
+    else:
+        (name, _, config), part = data.partition(':'), {'dev': 'validation'}.get(split, split)
+        rows = load_rows(data, HUB.get(name, name), config or None, split=part)
+        examples = checked(data, ((f'row {i}', {
+            'prompt': row['question'], 'context': row['context'],
+            'response': row['answers']['text']}) for i, row in enumerate(rows)))
     n = min(n or len(examples), len(examples))
     return [examples[i * len(examples) // n] for i in range(n)]
 
 
-def squad_examples(data, split):
-    """`load_examples` of the hub or of official files, all of them."""
+def load_rows(data, *args, **kwargs):
+    """The rows that `datasets` finds, or a FileNotFoundError."""
     import datasets                 # slow to import, and the toy set does without
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    if data == 'squad_v2':
-        try:
-            rows = datasets.load_dataset('rajpurkar/squad_v2',
-                                         split={'train': 'train', 'dev': 'validation'}[split])
-        except Exception as e:
-            raise FileNotFoundError('squad_v2 could not be downloaded to the cache that HF_HOME '
-                                    f'names ({type(e).__name__}): offline, give --data a directory '
-                                    'of official files or toy') from e
-        return [{'id': r['id'], 'context': r['context'], 'question': r['question'],
-                 'answers': r['answers']['text']} for r in rows]
-    path = Path(data) / FILES[split]
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} not found: give --data squad_v2, toy or a directory with '
-                                f'{" and ".join(FILES.values())}')
-    stat = path.stat()              # a changed file must not meet the old one's cache
     try:
-        rows = datasets.Dataset.from_generator(
-            read_squad, gen_kwargs={'path': str(path), 'stamp': (stat.st_size, stat.st_mtime_ns)})
-    except (datasets.exceptions.DatasetGenerationError, OSError) as e:
-        if isinstance(e.__cause__, ValueError):
-            raise e.__cause__ from None
-        raise OSError(f'{path} could not be read, or not cached ({e.__cause__ or e}): let HF_HOME '
-                      'name a folder that can be written') from e
-    return rows.to_list()
+        return datasets.load_dataset(*args, **kwargs)
+    except Exception as e:
+        raise FileNotFoundError(f'{data} could not be loaded to the cache that HF_HOME names '
+                                f'({type(e.__cause__ or e).__name__}): offline, give --data a file '
+                                f'({", ".join(OWN)}) or folder that is here, or toy') from e
 
 
-def read_squad(path, stamp=None):
-    """Yields the examples of one file in the official schema, each checked; `stamp` is unused."""
-    def need(record, key, kind, where):
-        if not isinstance(record, dict) or key not in record:
-            raise ValueError(f'{path}: {where} has no {key!r}: not SQuAD 2.0')
-        value = record[key]
-        if type(value) is not kind:
-            raise ValueError(f'{path}: {key!r} of {where} is a {type(value).__name__}, not a '
-                             f'{kind.__name__}')
-        if kind is str and re.search(r'[\ud800-\udfff]', value):
-            raise ValueError(f'{path}: {key!r} of {where} has half a character, a surrogate '
-                             'without its other one')
-        return value
+def rows_of(path):
+    """(place, row) of each row of a file; one of .jsonl is text, for an error in it has a place."""
+    if path.suffix == '.parquet':
+        rows = load_rows(path, 'parquet', data_files=str(path), split='train')
+        yield from ((f'row {n}', row) for n, row in enumerate(rows, 1))
+    elif path.suffix == '.json':
+        for a, article in enumerate(json.loads(path.read_text(encoding='utf-8-sig'))['data']):
+            for p, paragraph in enumerate(article['paragraphs']):
+                for q, qa in enumerate(paragraph['qas']):
+                    row = {'prompt': qa['question'], 'context': paragraph['context'],
+                           'response': [x['text'] for x in qa['answers']]}
+                    yield f'article {a}, paragraph {p}, question {q}', row
+    else:                           # not by `datasets`, which makes dates of texts
+        with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as f:
+            if path.suffix == '.csv':
+                rows = csv.DictReader(f, strict=True)
+                yield from ((f'line {rows.line_num}', row) for row in rows)
+            else:
+                lines = enumerate(map(str.strip, f), 1)
+                yield from ((f'line {n}', line) for n, line in lines if line)
 
+
+def checked(path, rows):
+    """The examples of rows with their places, or a ValueError that names the place."""
+    examples, at = [], path
     try:
-        with open(path, encoding='utf-8-sig') as f:          # with a byte order mark or without
-            root = json.load(f)
-    except (ValueError, RecursionError) as e:        # the latter of brackets without end
-        raise ValueError(f'{path} is not JSON: {e}') from e
-    n = 0
-    for a, article in enumerate(need(root, 'data', list, 'the file')):
-        for p, paragraph in enumerate(need(article, 'paragraphs', list, f'article {a}')):
-            where = f'article {a}, paragraph {p}'
-            context = need(paragraph, 'context', str, where)
-            for qa in need(paragraph, 'qas', list, where):
-                if isinstance(qa, dict) and type(qa.get('id')) is int:
-                    qa['id'] = str(qa['id'])
-                qid = need(qa, 'id', str, f'a question of {where}')
-                where_q = f'question {qid!r}'
-                answers = need(qa, 'answers', list, where_q)
-                if not answers or 'is_impossible' in qa:     # SQuAD 1.1 has none
-                    impossible = need(qa, 'is_impossible', bool, where_q)
-                    if impossible != (not answers):
-                        raise ValueError(f'{path}: {where_q} has is_impossible {impossible} and '
-                                         f'{len(answers)} answers')
-                texts = [need(x, 'text', str, where_q) for x in answers]
-                if not all(map(str.strip, texts)):
-                    raise ValueError(f'{path}: {where_q} has an empty answer')
-                yield {'id': qid, 'context': context,
-                       'question': need(qa, 'question', str, where_q), 'answers': texts}
-                n += 1
-    if not n:
-        raise ValueError(f'{path} holds no question')
+        for place, row in rows:
+            at = f'{path}, {place}'
+            row = json.loads(row) if isinstance(row, str) else row
+            prompt, said, context = row['prompt'], row['response'], row.get('context') or ''
+            answers = said if isinstance(said, list) else [said]         # all right; [] for none
+            for text in (prompt, context, *answers):
+                if not isinstance(text, str) or re.search(r'[\ud800-\udfff]', text):
+                    raise ValueError(f'{text!r:.60} is no text in UTF-8')
+            if not all(map(str.strip, [prompt + context, *answers])) or None in row:
+                raise ValueError('a prompt or a response is empty' if None not in row else
+                                 'more cells than columns: put texts with commas in ""')
+            examples.append({'context': context, 'question': prompt, 'answers': answers})
+            at = f'{path}, after {place}'            # what ends a quote that is open, say
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as e:
+        raise ValueError(f'{at}: {f"no {e}" if isinstance(e, KeyError) else e}') from e
+    if not examples:
+        raise ValueError(f'{path} has no question')
+    return examples
 
 
 # -----------------------------------------------------------------------------
@@ -176,7 +187,7 @@ def toy_examples(split, size=None, varied=False):
                 'when': f'When was {f["what"]} {f["verb"]} ?'}[kind]
 
     examples = []
-    for i in range(size or TOY_SIZE[split][varied]):
+    for _ in range(size or TOY_SIZE[split][varied]):
         f = fact()
         if rng.random() < 1 / 3:
             kind = without = pick(['who', 'where', 'when'])
@@ -191,8 +202,8 @@ def toy_examples(split, size=None, varied=False):
                 share = 1 / np.arange(1, len(answers) + 1)
                 first = rng.choice(len(answers), p=share / share.sum())
                 answers.insert(0, answers.pop(first))
-        examples.append({'id': f'toy-{split}-{i}', 'context': tell(f, without),
-                         'question': ask(kind, f), 'answers': answers})
+        examples.append({'context': tell(f, without), 'question': ask(kind, f),
+                         'answers': answers})
     return examples
 
 
@@ -232,7 +243,7 @@ def encode_prompt(example, enc, max_prompt, context=True):
     question: a cut that depended on the answer would tell it.
     """
     question = f'[QUESTION] {example["question"].strip()}\n[ANSWER]'
-    if not context:
+    if not context or not example['context'].strip():
         tokens = enc.encode_ordinary(question)
         return tokens[-max_prompt:], '' if len(tokens) > max_prompt else None
     head, tail = enc.encode_ordinary('[CONTEXT]'), enc.encode_ordinary('\n' + question)
@@ -300,6 +311,7 @@ def load(cfg):
     enc, splits = load_tokenizer(cfg.data), []
     for name in 'train', 'dev':
         examples = load_examples(cfg.data, name, cfg.eval_prompts if name == 'dev' else None)
+        print(f'tokenizing {len(examples):,} questions', flush=True)
         split = Split(examples, enc, cfg.max_prompt, cfg.max_response, cfg.context)
         print(f'{name}: {len(split)} examples, {split.cut_prompts} prompts cut to '
               f'{cfg.max_prompt} tokens{split.lost()}, {split.cut_responses} answers cut to '
@@ -352,14 +364,16 @@ def beside_gold(batch, roll):
             torch.cat((batch.mask[:, None], roll.mask), 1))
 
 
-def load_passages(examples, enc, length):
-    """
-    The contexts of examples, each once, for language modelling: token ids (N, length), one context
-    after the other with eos between them, cut into rows; if all of them do not fill a row, they
-    are repeated.
-    """
+def load_passages(examples, enc, cfg):
+    """The contexts of examples, each once, for language modelling: token ids (N, P + R), one after
+    the other with eos between them, cut into rows; if all of them do not fill a row, they are
+    repeated. None if there are none."""
+    length = cfg.max_prompt + cfg.max_response
     # as in a prompt, where a space stands before the context
-    texts = dict.fromkeys(' ' + e['context'].strip() for e in examples)
+    texts = dict.fromkeys(' ' + e['context'].strip() for e in examples if e['context'].strip())
+    if not texts:
+        print('the data have no passages: --pretrain is off')
+        return None
     ids = [i for text in texts for i in [*enc.encode_ordinary(text), enc.eot_token]]
     ids = np.resize(ids, max(len(ids), length))
     return ids[:len(ids) // length * length].reshape(-1, length)
@@ -407,12 +421,8 @@ def score_answer(prediction, example):
 
 
 def score_answers(predictions, examples):
-    """
-    Means of `score_answer` in percent.
-
-    predictions  a string for each example
-    returns      dict: those of `by_class`, and unanswerable, how many say that
-    """
+    """Means of `score_answer` in percent, a prediction for each example, as a dict: those of
+    `by_class`, and unanswerable, how many say that."""
     rows = [score_answer(*pair) for pair in zip(predictions, examples, strict=True)]
     said = [normalize(p) == UNANSWERABLE for p in predictions]
     return by_class(100 * np.array(rows), examples) | {'unanswerable': 100 * float(np.mean(said))}
@@ -445,12 +455,9 @@ def longest_run(responses, mask):
 
 
 def health(response, mask, ended, gold, gold_mask):
-    """
-    Figures of sampled answers: length in tokens with eos, eos_rate, and of the first one to each
-    prompt distinct2 and longest_run; gold_distinct2, of the gold answers.
-
-    response, mask   (B, K, R), ended (B, K); gold, gold_mask (B, R)
-    """
+    """Figures of sampled answers, response and mask (B, K, R), ended (B, K): length in tokens with
+    eos, eos_rate, and of the first one to each prompt distinct2 and longest_run; gold_distinct2, of
+    the gold answers (B, R)."""
     first = response[:, 0], mask[:, 0]
     return {'length': mask.sum(-1).float().mean().item(), 'eos_rate': ended.float().mean().item(),
             'distinct2': distinct(*first, 2), 'longest_run': longest_run(*first).max().item(),

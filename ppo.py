@@ -46,7 +46,7 @@ class Config:
     eval_interval: int = 50          # steps between checkpoints, and evaluations after warm start
     eval_prompts: int = 2000         # dev prompts of an evaluation
     # data
-    data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
+    data: str = 'squad_v2'           # squad_v2, squad, toy, toy-varied; own.jsonl, .csv, a folder
     context: bool = True             # put the passage into the prompt; README's poster did not
     max_prompt: int = 256            # P, tokens
     max_response: int = 32           # R, tokens, with <|endoftext|>
@@ -402,9 +402,7 @@ def train(cfg, caught=()):
     enc, train_set, dev_set = data.load(cfg)
     generator = load_generator(cfg, enc.n_vocab)
     data.check_fit(generator.config, enc, cfg)
-    length, passages = cfg.max_prompt + cfg.max_response, None
-    if cfg.pretrain:
-        passages = data.load_passages(train_set.examples, enc, length)
+    passages = data.load_passages(train_set.examples, enc, cfg) if cfg.pretrain else None
     reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
     if cfg.compile:
         generator.compile()

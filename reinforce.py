@@ -44,7 +44,7 @@ class Config:
     eval_interval: int = 50          # steps between checkpoints, and evaluations after warm start
     eval_prompts: int = 2000         # dev prompts of an evaluation
     # data
-    data: str = 'squad_v2'           # squad_v2 (hub), toy, toy-varied, or a folder of its files
+    data: str = 'squad_v2'           # squad_v2, squad, toy, toy-varied; own.jsonl, .csv, a folder
     context: bool = True             # put the passage into the prompt; README's poster did not
     max_prompt: int = 256            # P, tokens
     max_response: int = 32           # R, tokens, with <|endoftext|>

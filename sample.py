@@ -235,7 +235,8 @@ def interval(right, groups):
 def groups_of(split):
     """The number of each example's group, (N,): of one passage, or without it of one prompt, or
     linked by such."""
-    _, passages = np.unique([e['context'] for e in split.examples], return_inverse=True)
+    _, passages = np.unique([e['context'] or e['question'] for e in split.examples],
+                            return_inverse=True)
     _, prompts = np.unique(split.prompts, axis=0, return_inverse=True)
     groups, before = np.arange(len(split)), None
     while not np.array_equal(groups, before):        # all take the least number beside them

@@ -480,46 +480,127 @@ def test_diversity_figures():
 def test_passages_are_packed():
     enc = data.load_tokenizer('toy')
     examples = [{'context': 'Ada sold it .'}, {'context': 'Ada sold it .'}, {'context': 'In May .'}]
-    rows = data.load_passages(examples, enc, 4)
+    cfg = SimpleNamespace(max_prompt=3, max_response=1)
+    rows = data.load_passages([*examples, {'context': ' '}], enc, cfg)
     ids = enc.encode(' Ada sold it .<|endoftext|> In May .<|endoftext|>', allowed_special='all')
     assert rows.shape == (len(ids) // 4, 4) and rows.flatten().tolist() == ids[:rows.size]
-    assert data.load_passages(examples, enc, 99).tolist() == [(99 * ids)[:99]]
+    cfg.max_prompt = 98
+    assert data.load_passages(examples, enc, cfg).tolist() == [(99 * ids)[:99]]
 
 
-def test_squad_files_are_checked():
-    file, found = folder('squad') / data.FILES['dev'], {'text': 'Ada'}
-    no = {'id': 'q8', 'question': 'Why?', 'is_impossible': True, 'answers': []}
+def test_rows_are_read_as_they_are_or_named():
+    """SQuAD's files and one's own, by place: text stays text; what is wrong is one sentence."""
+    at, found, good = folder('rows'), [{'text': 'Ada'}], [{'prompt': f'{i} ?', 'response': 'a'}
+                                                          for i in range(9)]
 
-    def asked(**change):
-        qa = {'id': 'q7', 'question': 'Who?', 'is_impossible': False, 'answers': [found]}
-        return {**qa, **change}
+    def read(name, content, split='train'):
+        path = at / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        try:
+            return data.load_examples(str(path), split)
+        finally:
+            path.unlink()
 
-    def read(*qas, text=None, encoding='utf-8'):
+    def squad(encoding='utf-8', **change):
+        qas = [{'question': 'Who?', 'answers': found, **change},
+               {'question': 'Why?', 'is_impossible': True, 'answers': []}]
         root = {'data': [{'paragraphs': [{'context': 'Ada .', 'qas': qas}]}]}
-        file.write_text(text or json.dumps(root), encoding)
-        return data.load_examples(str(file.parent), 'dev')
+        (at / 'dev-v2.0.json').write_text(json.dumps(root), encoding)
+        return data.load_examples(str(at), 'dev')
 
-    assert read(asked(), no) == [
-        {'id': 'q7', 'context': 'Ada .', 'question': 'Who?', 'answers': ['Ada']},
-        {'id': 'q8', 'context': 'Ada .', 'question': 'Why?', 'answers': []}]
-    assert read(asked(id=7), encoding='utf-8-sig')[0]['id'] == '7'           # a byte order mark
-    del no['is_impossible']
-    for qa, *words in (
-            (asked(question=None), 'q7', 'question', 'NoneType'),
-            (asked(question='Who\ud800?'), 'q7', 'question', 'surrogate'),
-            (asked(answers=[{}]), 'q7', "no 'text'"), (asked(answers=[{'text': 0}]), 'q7', 'int'),
-            (asked(answers=[{'text': ' '}]), 'q7', 'empty'),
-            (asked(answers=[]), 'q7', 'is_impossible False'), (no, 'q8', "no 'is_impossible'"),
-            (asked(id='q\udc00'), 'article 0', 'id', 'surrogate'),
-            (asked(id=7.5), 'article 0', 'id', 'float')):
-        raises(ValueError, [str(file), *words], read, qa)
-    for text, words in ('{"data": []}', 'no question'), ('{"data": [', 'not JSON'):
-        raises(ValueError, [str(file), words], read, text=text)
-    raises(FileNotFoundError, ['dev-v2.0.json', '--data'], data.load_examples, 'nowhere', 'dev')
+    assert squad() == squad('utf-8-sig') == [        # a byte order mark
+        {'context': 'Ada .', 'question': 'Who?', 'answers': ['Ada']},
+        {'context': 'Ada .', 'question': 'Why?', 'answers': []}]
+    for change, *words in (({'question': None}, 'None'), ({'question': 'Who\ud800?'}, 'UTF-8'),
+                           ({'answers': [{}]}, "no 'text'"), ({'answers': [{'text': 0}]}, '0'),
+                           ({'answers': [{'text': ' '}]}, 'empty')):
+        raises(ValueError, ['dev-v2.0.json', *words], squad, **change)
+    raises(ValueError, ['article 0, paragraph 0, question 0: '], squad, answers=[{'text': 0}])
+
+    lines = '\n'.join(map(json.dumps, good)) + '\n\n'                      # 9, and an empty one
+    last, = read('a.jsonl', lines + '{"prompt": " ? ", "response": [], "context": null}', 'dev')
+    assert last == {'context': '', 'question': ' ? ', 'answers': []}
+    for row, word in (
+            ('{"prompt": "?"', 'delimiter'), ('{"prompt": "?"}', "no 'response'"), ('[1]', 'list'),
+            ('{"prompt": "?", "response": ""}', 'empty'), ('"x"', 'string'),
+            ('{"prompt": "?", "response": ["a", " "]}', 'empty'), ('[' * 99999, 'recursion'),
+            ('{"prompt": "", "response": "a"}', 'empty'), (b'{"prompt": "\xe9", "response": "a"}',
+                                                           'UTF-8'),
+            ('{"prompt": "?", "response": 1901}', '1901 is no text')):
+        row = row if isinstance(row, bytes) else row.encode()
+        raises(ValueError, ['x.jsonl, line 11: ', word], read, 'x.jsonl', lines.encode() + row)
+    kept = '1901 001 NA null 1.0 2020-01-01 True nan é'.split()
+    table = 'prompt,response\n' + ''.join(f'{i} ?,{text}\n' for i, text in enumerate(kept))
+    found = read('a.csv', '\ufeff' + table + '"a,\nb","c, ""d"""\n')
+    assert [e['answers'] for e in found] == [[text] for text in kept]
+    for rows, line, word in (
+            ('"a\nb",c\n?,Paris, France\n', 13, 'more cells'), ('?,\n', 11, 'empty'),
+            ('?\n', 11, 'None')):
+        raises(ValueError, [f'x.csv, line {line}: ', word], read, 'x.csv', table + rows)
+    raises(ValueError, ['after line 10: ', 'end of data'], read, 'x.csv', table + '?,"a\n?,b\n')
+    raises(ValueError, ['line 2: ', "no 'prompt'"], read, 'x.csv', 'prompt;response\na;b\n')
+    for name, text, word in (('x.csv', '', 'no question'), ('x.jsonl', lines, '9 different'),
+                             ('x.json', '{"data": [', 'x.json: '), ('x.json', '[]', 'x.json: '),
+                             ('x.json', '{"data": []}', 'no question')):
+        raises(ValueError, [name, word], read, name, text)
+    raises(FileNotFoundError, ['x.parquet', 'Arrow'], read, 'x.parquet', 'no table')
+    raises(FileNotFoundError, ['gone.csv not found'], data.load_examples, 'gone.csv', 'dev')
+    for names in (), ('train.txt', 'train.csv', 'train.jsonl'):
+        for name in names:
+            (at / name).touch()
+        raises(FileNotFoundError, [f'{2 if names else 0} files', 'train.csv'], data.load_examples,
+               str(at), 'train')
+
+    import datasets                                  # the hub, as it answers
+    rows = [{'id': '1', 'question': 'Who?', 'context': 'Ada .', 'answers': {
+        'text': ['Ada', 'ada'], 'answer_start': [0, 0]}}]
+    for name, *asked in (('squad_v2', 'rajpurkar/squad_v2', None), ('a/b:c', 'a/b', 'c'), (
+            'adversarial_qa:adversarialQA', 'UCLNLP/adversarial_qa', 'adversarialQA')):
+        with patched(datasets, 'load_dataset', return_value=rows) as load:
+            assert data.load_examples(name, 'dev') == [
+                {'context': 'Ada .', 'question': 'Who?', 'answers': ['Ada', 'ada']}]
+        load.assert_called_once_with(*asked, split='validation')
+    with patched(datasets, 'load_dataset', return_value=[{'text': 'x'}]):
+        raises(ValueError, ['a/b', "no 'question'"], data.load_examples, 'a/b', 'train')
+
+
+def test_data_of_ones_own():
+    """Three formats, without a passage, through each script and all of sample.py."""
     import datasets
-    full = unittest.mock.Mock(side_effect=PermissionError(13, 'Permission denied'))
-    with patched(datasets.Dataset, 'from_generator', full):
-        raises(OSError, [str(file), 'HF_HOME', 'Permission'], read, no)
+    at, enc = folder('own data'), data.load_tokenizer('toy')
+    rows = [{'prompt': f'When did {data.FIRST[i % 18]} sell {i // 18} ?',
+             'response': [y, f'In {y}'][:i % 3]} for i, y in enumerate([*data.YEARS, *'abc'])]
+    rows[19]['prompt'] += ' ?' * 40
+    (at / 'my.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    datasets.Dataset.from_list(rows).to_parquet(at / 'my.parquet')
+    (at / 'my.csv').write_text('prompt,response\n' + ''.join(
+        f'{row["prompt"]},{" ".join(row["response"]) or "no"}\n' for row in rows))
+    a, b = (data.load_examples(f'{at}/my.{kind}', 'train') for kind in ('jsonl', 'parquet'))
+    dev = data.load_examples(f'{at}/my.jsonl', 'dev')
+    assert a == b and (len(a), len(dev)) == (30, 3) and dev[0]['question'] == rows[9]['prompt']
+    split, wanted = data.Split(a, enc, 26, 6), f'|[QUESTION] {rows[0]["prompt"]}\n[ANSWER]'
+    assert enc.decode(split.prompts[0].tolist()).replace('<|endoftext|>', '|').endswith(wanted)
+    assert not split.cut_prompts and len({*sample.groups_of(split)}) == 30   # none share a passage
+    twice = [dict(rows[i % 27], context=['', 'Ada .'][i // 27]) for i in range(54)] + rows
+    (at / 'twice.jsonl').write_text('\n'.join(map(json.dumps, twice)))
+    parts = [{(e['question'], e['context']) for e in data.load_examples(f'{at}/twice.jsonl', name)}
+             for name in ('train', 'dev')]
+    assert [*map(len, parts)] == [54, 6] and not parts[0] & parts[1]
+    assert {q for q, _ in parts[0]} & {q for q, _ in parts[1]}               # of another passage
+    with patched(data, 'load_tokenizer', lambda _: enc):
+        for script, kind in itertools.product(SCRIPTS, ('jsonl', 'csv', 'parquet')):
+            out, flags = at / f'{script.__name__} {kind}', ['--data', at / f'my.{kind}']
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                train(script, out, *SMALL_OF[script], *flags, '--iters', 2, '--sft_iters', 1)
+            assert ('no passages: --pretrain is off' in said.getvalue()) == (script is ppo)
+            assert max(map(len, said.getvalue().splitlines())) <= 100
+            assert 'question  ' in (text := (out / 'samples.txt').read_text())
+            assert 'passage' not in text
+        text = printed('--evaluate', out, '--prompts', 3, '--test_steps', 0, '--out', at / 'x.json',
+                       '--best_of', 2, '--discriminator', out)
+        assert 'F1 possible' in text and '3 prompts of' in text
+        assert printed('--compare', out).count('question  ') == 3
+        assert printed('--ckpt', out, '--question', 'Where ?')
 
 
 def test_real_squad():
@@ -1628,40 +1709,6 @@ def fuzz(path, read, spoil):
             assert str(path) in str(e) and '\n' not in str(e), repr(e)
             refused.append(turn >= 150)
     assert len(refused) > 112 and sum(refused) > 37, (len(refused), sum(refused))
-
-
-def test_damaged_squad_files_are_one_sentence():
-    """Bytes, and another value, or none, in any one place."""
-    path, enc = folder('damaged') / 'train-v2.0.json', data.load_tokenizer('toy')
-    answers = [{'text': 'Ada', 'answer_start': 3}] * 2
-    qas = [{'id': 'a', 'question': 'Who?', 'is_impossible': False, 'answers': answers},
-           {'id': 'b', 'question': 'When?', 'is_impossible': True, 'answers': []}]
-    good = {'data': [{'title': 't', 'paragraphs': [{'context': 'By Ada.', 'qas': qas}]}]}
-    odd = [None, True, 0, -2, 2 ** 31, 10 ** 20, .5, math.nan, '', 'x', '\ud800', 'Ada\udfff',
-           '\ufeff', [], ['x'], [[1]], {}, {'x': [1]}]
-
-    def read():
-        rows = data.squad_examples(path.parent, 'train')
-        data.Split(rows, enc, 20, 5).batch(range(len(rows)))
-
-    def places(node):
-        for key in node if isinstance(node, dict) else range(len(node)):
-            yield node, key
-            if isinstance(node[key], (dict, list)):
-                yield from places(node[key])
-
-    def spoil(rng):
-        doc = json.loads(json.dumps(good))
-        node, key = rng.choice([*places(doc)])
-        node[key] = rng.choice(odd)
-        if rng.random() < .3:
-            del node[key]
-        path.write_text(json.dumps(doc), encoding=rng.choice(['utf-8', 'utf-8-sig']))
-
-    path.write_text(json.dumps(good))
-    fuzz(path, read, spoil)
-    path.write_text('[' * 100000)
-    raises(ValueError, [str(path), 'JSON'], read)
 
 
 def test_damaged_checkpoints_are_one_sentence():
