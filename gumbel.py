@@ -44,8 +44,9 @@ class Config:
     compile: Optional[bool] = None   # torch.compile; None: on CUDA only
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
+    wandb: bool = False              # Weights & Biases gets what metrics.jsonl does
     tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
-    eval_interval: int = 50          # steps between checkpoints, and evaluations after warm start
+    eval_interval: int = 100         # steps between evaluations, and checkpoints
     eval_prompts: int = 2000         # dev prompts of an evaluation
     # data
     data: str = 'squad_v2'           # squad_v2, squad, toy, toy-varied; own.jsonl, .csv, a folder
@@ -117,8 +118,8 @@ def compared(response, mask, gold, gold_mask, prefixes):
     """
     Where samples (B, K, R) and gold answers (B, R) are to be told apart, (B, K, R) bool: nowhere in
     a tie; with prefixes, from the first difference to the end of the longer answer; else at the
-    last column, where both, filled up with eos, are over. All places weigh the same: 1 / the length
-    of its pair would make a prefix's weight depend on tokens that are not in it.
+    last column, where both, filled up with eos, are over. All weigh the same, for by the length of
+    its pair a prefix's weight would depend on tokens that are not in it.
     """
     differ = (response != gold[:, None]).cumsum(-1) > 0
     if prefixes:
@@ -303,9 +304,10 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     return figures
 
 
-def warm_start(generator, train_set, out, log, caught, cfg):
-    """MLE on gold answers up to out/sft.pt, resumed from there; False if a signal cut it short."""
-    path, optimizer, start = out / 'sft.pt', adamw(generator), 0
+def warm_start(generator, train_set, dev_set, enc, out, log, caught, cfg):
+    """MLE on gold answers, resumed from out/sft.pt; False if a signal cut it short. Generator and
+    sft.pt end as the network that, at an evaluation, had the least loss on dev."""
+    path, optimizer, start, best = out / 'sft.pt', adamw(generator), 0, None
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
         generator.load_state_dict(saved['model'])
@@ -313,16 +315,21 @@ def warm_start(generator, train_set, out, log, caught, cfg):
         if start == cfg.sft_iters:
             return True
         optimizer.load_state_dict(saved['optimizer'])
+        best = saved['best']
     for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
-        stop = signalled(caught)
-        if stop or step % cfg.eval_interval == 0:
-            save(path, generator, log, sft_iter=step, optimizer=optimizer)
+        due, stop = step % cfg.eval_interval == 0, signalled(caught)
+        if stop or due:
+            save(path, generator, log, sft_iter=step, optimizer=optimizer, best=best)
         if stop:
             return False
+        if due:
+            best = sample.better(best, step, generator, dev_set, enc, out, log, cfg)
         log.lap()
         record = {'sft_iter': step, **mle_step(generator, optimizer, train_set, step, cfg)}
         log.lap('warm start')
         log({**record, 'seconds': log.seconds})
+    best = sample.better(best, cfg.sft_iters, generator, dev_set, enc, out, log, cfg)
+    generator.load_state_dict(best['model'])
     save(path, generator, log, sft_iter=cfg.sft_iters)
     return True
 
@@ -346,10 +353,10 @@ def train(cfg, caught=()):
     reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
     if cfg.compile:
         generator.compile()
-    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {'log_size': 0}
-    log = Log(out, cfg, given, saved['log_size'])
+    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {}
+    log = Log(out, cfg, given, saved)
     # warm start
-    if not warm_start(generator, train_set, out, log, caught, cfg):
+    if not warm_start(generator, train_set, dev_set, enc, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
     discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
@@ -363,6 +370,9 @@ def train(cfg, caught=()):
         generator.load_state_dict(saved['model'])
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
+    if running['start'] is None and start < min(cfg.iters, cfg.d_warmup_iters):
+        print(f'head start: the generator rests until d_acc {cfg.d_warmup_acc} or iteration '
+              f'{cfg.d_warmup_iters}')
     del saved                                        # gigabytes that the networks have now
     if cfg.compile:
         for network in reference, discriminator.trunk:
@@ -376,7 +386,7 @@ def train(cfg, caught=()):
         if stop:
             return None
         if due and rank() == 0:
-            sample.report(it, generator, discriminator, dev_set, enc, out, log, cfg)
+            sample.report({'iter': it}, generator, discriminator, dev_set, enc, out, log, cfg)
 
         # rollout
         log.lap()
@@ -392,8 +402,7 @@ def train(cfg, caught=()):
         log.lap('rollout')
 
         # discriminator step
-        # the generator moves once the discriminator's head start is over, and then for good; the
-        # discriminator learns in its head start, and later where it does not win too easily
+        # the discriminator learns in its head start, and later where it does not win too easily
         moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         learn = not moving or running['d_acc'] <= cfg.d_max_acc
@@ -401,6 +410,7 @@ def train(cfg, caught=()):
             running['distinct2'] = min(running['distinct2'], record['distinct2'])
             if moving:
                 running['start'] = it
+                tqdm.write(f'iteration {it}: the generator begins to move')
         share = (it - running['start']) / (cfg.iters - running['start']) if moving else 0
         tau = TAU[0] + (TAU[1] - TAU[0]) * share
         record |= discriminator_step(discriminator, generator, d_optimizer, batch, roll, learn, tau,
@@ -425,8 +435,6 @@ def train(cfg, caught=()):
             log.collapsed(it, data.to_text(roll.response[:, 0], roll.mask[:, 0], enc))
 
     save(out / 'ckpt.pt', generator, log, iter=cfg.iters, running=running, **stateful)
-    if rank():
-        return None
     return sample.finish(reference, generator, discriminator, dev_set, enc, out, log, cfg)
 
 

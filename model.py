@@ -555,8 +555,10 @@ def parse_known(parser, argv):
 
 def main(doc, Config, tiny, bounds, check, train, argv=None):
     """The command line of a script; a signal that came ends it with 128 + its number."""
-    with command_line(), caught_signals() as caught:
-        train(parse(argv, doc, Config, tiny, bounds, check), caught)
+    with command_line():
+        cfg = parse(argv, doc, Config, tiny, bounds, check)
+        with caught_signals(f'stopping: saving {cfg.out_dir}, go on with --resume') as caught:
+            train(cfg, caught)
         if caught:
             sys.exit(128 + caught[0])
 
@@ -599,10 +601,11 @@ class Output:
 
 
 @contextlib.contextmanager
-def caught_signals():
+def caught_signals(notice):
     """A list that gets the number of each SIGINT, SIGTERM and SIGHUP (not if that is ignored, as
-    under nohup). They may come twice, from a scheduler or terminal and from torchrun; but a SIGINT
-    later than a second after the first is by hand, and ends the process at once."""
+    under nohup); at the first, rank 0 says the notice. They may come twice, from a scheduler or
+    terminal and from torchrun; but a SIGINT later than a second after the first is by hand, and
+    ends the process at once."""
     caught, times, kept = [], [], {}
 
     def catch(number, _):
@@ -610,6 +613,9 @@ def caught_signals():
         if number == signal.SIGINT and times[-1] > times[0] + 1:
             os._exit(128 + number)
         caught.append(number)
+        if len(caught) == 1 and not rank():
+            with contextlib.suppress(OSError):       # not by print, which may be at work
+                os.write(2, f'\n{notice}\n'.encode())
 
     if threading.current_thread() is threading.main_thread():    # no other can catch any
         for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
@@ -709,7 +715,8 @@ def signalled(caught):
 # -----------------------------------------------------------------------------
 # a run: checkpoints of tensors and plain values only, device, folder, log
 
-FORMAT = 2                        # of checkpoints: add 1 whenever they come to hold something else
+FORMAT = 3                        # of checkpoints: add 1 whenever they come to hold something else
+SCREEN = {'iter': 'reward d_acc tie_rate kl f1 sample_f1', 'sft_iter': 'mle loss f1 sample_f1'}
 
 
 def save_checkpoint(path, state):
@@ -758,12 +765,11 @@ def settings_to_resume(given, Config):
         raise ValueError(f'--resume: no checkpoint sft.pt in {given["out_dir"]}: put it there, or '
                          'give another --out_dir')
     saved = load_checkpoint(file)
-    if not isinstance(saved, dict) or saved.get('format') != FORMAT:
-        raise ValueError(f'--resume: {file} is of no run, or another version: start another run')
+    of = saved['script'] if isinstance(saved, dict) and saved.get('format') == FORMAT else 'no run'
+    if of != Config.script or saved['settings'].keys() - Config.__dataclass_fields__.keys():
+        raise ValueError(f'--resume: {file} is of {of}, or of another version: give the --out_dir '
+                         f'of a run of {Config.script}.py, as it is now')
     settings = saved['settings']
-    if saved['script'] != Config.script or settings.keys() - Config.__dataclass_fields__.keys():
-        raise ValueError(f'--resume: {file} is of {saved["script"]}.py, another script or version: '
-                         'give the --out_dir of a run of this one')
     if given.get('iters', math.inf) < saved.get('iter', 0):
         raise ValueError(f'--resume with --iters {given["iters"]}: the run is at {saved["iter"]}: '
                          'give as many or more')
@@ -855,18 +861,31 @@ def autocast(cfg):
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == 'bfloat16')
 
 
+def open_wandb(cfg):
+    """A run of Weights & Biases, named as a run's folder."""
+    try:
+        import wandb
+        return wandb.init(project='nanogaf', name=cfg.out_dir, dir=cfg.out_dir, config=asdict(cfg))
+    except Exception as e:
+        raise ValueError(f'--wandb: {" ".join(str(e).split())} (pip install wandb, then wandb '
+                         'login, or let WANDB_MODE be offline)') from e
+
+
 class Log:
     """
     Appends records, dicts, to out_dir/metrics.jsonl, on rank 0, below a header with the config and
-    the device that it began on; prints the evaluations and every tenth of the others. A number in
-    one that is not finite is a FloatingPointError. To go on, the file is cut to `size` bytes, as it
-    was at the checkpoint. Checkpoints take `settings`, with device, dtype, compile as `given`.
+    the device that it began on; prints what SCREEN names of evaluations and of every tenth of the
+    others. A number in one that is not finite is a FloatingPointError. To go on from `saved`, a
+    checkpoint, the file is cut to what it was then. Checkpoints take `settings`, with device,
+    dtype, compile as `given`.
     """
 
-    def __init__(self, out, cfg, given, size=0):
+    def __init__(self, out, cfg, given, saved):
+        size = saved.get('log_size', 0)
         self.path, self.writes, self.script = out / 'metrics.jsonl', not rank(), cfg.script
         self.settings = {**asdict(cfg), **given, 'resume': False, 'overwrite': False}
         self.cuda, self.seconds, self.start = cfg.device.startswith('cuda'), {}, 0.0
+        self.wandb = open_wandb(cfg) if cfg.wandb and self.writes else None
         if self.writes and size and self.path.exists():
             os.truncate(self.path, min(size, self.size()))
         elif self.writes:                            # a new run, all inputs loaded; or metrics lost
@@ -876,6 +895,9 @@ class Log:
             header = {'config': asdict(cfg), 'python': sys.version.split()[0], 'device': name,
                       'torch': torch.__version__, 'threads': torch.get_num_threads()}
             self.path.write_text(json.dumps(header) + '\n')
+        if saved:
+            stage, n = ('iteration', cfg.iters) if 'iter' in saved else ('MLE step', cfg.sft_iters)
+            print(f'resumed at {stage} {saved.get("iter", saved.get("sft_iter"))} of {n}')
 
     def size(self):
         """Bytes written so far, for a checkpoint."""
@@ -890,9 +912,10 @@ class Log:
         self.start = now
 
     def __call__(self, record):
-        at = next((f'{k} {record[k]}' for k in ('iter', 'sft_iter') if k in record), 'the end')
-        numbers = {**record, **record.get('dev', {})}.items()
-        for name, value in numbers:
+        stage = next((k for k in SCREEN if k in record), None)
+        at = f'{stage} {record[stage]}' if stage else 'the end'
+        figures = {**record, **record.get('dev', {})}
+        for name, value in figures.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise FloatingPointError(
                     f'{name} is {value} at {at}: the checkpoints beside {self.path} were finite '
@@ -901,10 +924,13 @@ class Log:
             return
         with open(self.path, 'a') as f:
             f.write(json.dumps(record, allow_nan=False) + '\n')
-        if 'dev' in record or at.endswith('0'):
-            tqdm.write('  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
-                                 for k, v in numbers if isinstance(v, (int, float))),
-                       file=sys.stdout)
+        if self.wandb:
+            self.wandb.log(record)
+        if 'dev' in record or 'seconds' in record and record[stage] % 10 == 0:
+            said = [f'{k} {figures[k]:.4g}' for k in SCREEN[stage].split()
+                    if figures.get(k) is not None]
+            took = sum(record.get('seconds', {}).values())
+            tqdm.write('  '.join([at, *said, f'{took:.3g} s' if took else 'on dev']))
 
     def collapsed(self, it, answers):
         """Writes down that the answers are sick for good, and ends the run."""

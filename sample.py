@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (GPT, Discriminator, autocast, command_line, hold_last, keep_freed_memory,
-                   last_checkpoint, load_checkpoint, margin, open_device, parse_known, told, update)
+from model import (GPT, Discriminator, all_sum, autocast, command_line, hold_last,
+                   keep_freed_memory, last_checkpoint, load_checkpoint, margin, open_device,
+                   parse_known, rank, told, update)
 
 JUDGES, PAIRS = 3, 200           # fresh discriminators to a figure; fewer pairs are not judged
 FEW = 10                         # passages, of which an interval says little
@@ -125,6 +126,18 @@ def answer(generator, split, temperature, args, samples=1):
     return [torch.cat(z)[:len(split)].flatten(0, 1) for z in zip(*parts)]
 
 
+@torch.no_grad()
+def gold_loss(generator, split, args):
+    """-log pi of the gold answers at temperature 1, in nats a token."""
+    losses = []
+    for rows in batches(split, args.batch_size):
+        batch = split.batch(rows, args.device)
+        with autocast(args):
+            logprobs, _ = generator.response_logprobs(*batch[:2], batch.response[:, None])
+        losses.append(-(logprobs[:, 0] * batch.mask).sum(1).double().cpu())
+    return torch.cat(losses)[:len(split)].sum().item() / int(split.lengths.sum())
+
+
 def examine(generator, split, enc, temperature, args):
     """Figures of a greedy and of a sampled answer to each prompt; the sampled: text, ids, mask."""
     greedy = data.to_text(*answer(generator, split, 0, args), enc)
@@ -132,6 +145,7 @@ def examine(generator, split, enc, temperature, args):
     texts = data.to_text(response, mask, enc)
     sampled = data.score_answers(texts, split.examples)
     figures = data.score_answers(greedy, split.examples) | {
+        'loss': gold_loss(generator, split, args),
         'sample_f1': sampled['f1'], 'sample_unanswerable': sampled['unanswerable'],
         'length': mask.sum(1).float().mean().item(), 'distinct2': data.distinct(response, mask, 2)}
     return figures, texts, response, mask
@@ -148,11 +162,14 @@ def scores_of(discriminator, split, groups, response, mask, args):
 
 
 def side_by_side(examples, answers):
-    """Text of examples and, (name, texts) pairs, their answers; a blank line between examples."""
+    """Text of examples, with the passage if there is one, and, (name, texts) pairs, their answers;
+    a blank line between examples."""
     gold = [' | '.join(dict.fromkeys(e['answers'])) or data.UNANSWERABLE for e in examples]
-    rows = [('question', [e['question'] for e in examples]), ('gold', gold), *answers]
+    rows = [('passage', [e['context'] for e in examples]),
+            ('question', [e['question'] for e in examples]), ('gold', gold), *answers]
     width = max(len(name) for name, _ in rows)
-    return '\n'.join(''.join(f'{name:{width}}  {texts[i]}\n' for name, texts in rows)
+    return '\n'.join(''.join(f'{name:{width}}  {" ".join(texts[i].split())}\n'
+                             for name, texts in rows if name != 'passage' or texts[i])
                      for i in range(len(examples)))
 
 
@@ -180,11 +197,14 @@ def compare(args):
 @torch.no_grad()
 def evaluate_run(generator, discriminator, split, enc, cfg):
     """Figures of a generator, and one sampled answer to each prompt, drawn as in a rollout: those
-    of `examine`; of the sampled reward (the mean margin, whatever --reward is), score, d_acc and
-    tie_rate, as a run logs them; Gumbel-softmax logs those of relaxed answers, these are of ids."""
+    of `examine`; with a discriminator, of the sampled reward (the mean margin, whatever --reward
+    is), score, d_acc and tie_rate, as a run logs them; Gumbel-softmax logs those of relaxed
+    answers, these are of ids."""
     size = cfg.micro_batch * cfg.samples             # with one seed: always the same noise
     args = argparse.Namespace(**vars(cfg) | {'batch_size': size, 'seed': 0, 'top_k': None})
     figures, texts, response, mask = examine(generator, split, enc, cfg.temperature, args)
+    if discriminator is None:
+        return figures, texts
     gold = split.batch(range(len(split)), cfg.device)
     pairs = [torch.stack(z, 1) for z in ((gold.response, response), (gold.mask, mask))]
     scores = scores_of(discriminator, split, batches(split, size), *pairs, args)[:len(split)]
@@ -193,19 +213,42 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     return figures | {'reward': worth.mean().item(), **told(scores, differ)}, texts
 
 
-def report(it, generator, discriminator, split, enc, out, log, cfg):
-    """Evaluates a run at iteration `it`, for its log and curves.png; figures, sampled answers."""
+def report(at, generator, discriminator, split, enc, out, log, cfg):
+    """Evaluates a run for its log, where `at` is its key and number, the screen, which gets three
+    answers in lines of at most 100 columns, and curves.png; returns figures, sampled answers."""
     figures, texts = evaluate_run(generator, discriminator, split, enc, cfg)
-    log({'iter': it, 'dev': figures})
-    draw({'this run': [read_run(out)]}, out / 'curves.png')
+    log({**at, 'dev': figures})
+    rows = sorted(range(len(split)), key=lambda i: not split.examples[i]['answers'])
+    for i in rows[:2] + rows[2:][-1:]:               # of both kinds, if there are any
+        example = split.examples[i]
+        said = example['question'], (example['answers'] or [data.UNANSWERABLE])[0], texts[i]
+        cells = [repr(text)[1:-1] for text in said]          # whatever is in it, one line
+        tqdm.write('  {:39.39}  gold: {:20.20}  sampled: {:.20}'.format(*cells))
+    if discriminator:
+        draw({'this run': [read_run(out)]}, out / 'curves.png')
     return figures, texts
 
 
+def better(best, step, generator, split, enc, out, log, cfg):
+    """Evaluates the warm start at a step. Returns loss on dev and weights of the generator or, if
+    its loss was no more, `best`, which was them: by F1 the best would be the most mute one."""
+    loss = torch.zeros((), device=cfg.device)
+    if rank() == 0:
+        loss += report({'sft_iter': step}, generator, None, split, enc, out, log, cfg)[0]['loss']
+    loss = all_sum(loss).item()                      # the same on all ranks
+    if best and best['loss'] <= loss:
+        return best
+    return {'loss': loss, 'model': {name: weight.to('cpu', copy=True)
+                                    for name, weight in generator.state_dict().items()}}
+
+
 def finish(reference, generator, discriminator, split, enc, out, log, cfg):
-    """The end of a run: evaluates the warm start and, the last report, the tuned model; writes a
-    sample of each to out/samples.txt, prints their table, logs and returns the figures by name."""
+    """The end of a run, by rank 0: evaluates the warm start and, the last report, the tuned model;
+    writes a sample of each to out/samples.txt, prints their table, logs and returns the figures."""
+    if rank():
+        return None
     warm, warm_texts = evaluate_run(reference, discriminator, split, enc, cfg)
-    tuned, texts = report(cfg.iters, generator, discriminator, split, enc, out, log, cfg)
+    tuned, texts = report({'iter': cfg.iters}, generator, discriminator, split, enc, out, log, cfg)
     answers = ('warm start', warm_texts), ('tuned', texts)
     (out / 'samples.txt').write_text(side_by_side(split.examples[:20], answers), encoding='utf-8')
     figures = {'warm start': warm, 'tuned': tuned}
@@ -308,7 +351,7 @@ def told_apart(trunk, split, fake, fake_mask, args):
 @torch.no_grad()
 def drift(generator, base, split, temperature, args):
     """KL(generator || base) at the temperature, nats per token, over the whole vocabulary, as a run
-    logs it, but exact at each token of samples; perplexity, at 1, of the gold answers, or inf."""
+    logs it, but exact at each token of samples."""
     temperature = temperature or 1.0                 # greedy answers have none
     whole = argparse.Namespace(**vars(args) | {'top_k': None})
     (response, mask), sums = answer(generator, split, temperature, whole), []
@@ -318,12 +361,9 @@ def drift(generator, base, split, temperature, args):
             logp, base_logp = (                                              # (n, 1, R, V)
                 g.head(g.response_hidden(batch.prompt, batch.pad, response[rows][:, None])
                        / temperature).log_softmax(-1) for g in (generator, base))
-            gold, _ = generator.response_logprobs(batch.prompt, batch.pad, batch.response[:, None])
         kl = (logp.exp() * (logp - base_logp)).sum(-1)[:, 0] * mask[rows]    # (n, R)
-        sums.append(torch.stack((kl.sum(1), -(gold[:, 0] * batch.mask).sum(1))).cpu())
-    kl, nll = torch.cat(sums, 1)[:, :len(split)].double().sum(1)
-    perplexity = (nll / split.lengths.sum()).float().exp()
-    return kl.item() / mask.sum().item(), perplexity.item()
+        sums.append(kl.sum(1).double().cpu())
+    return torch.cat(sums)[:len(split)].sum().item() / mask.sum().item()
 
 
 @torch.no_grad()
@@ -351,7 +391,8 @@ def judge(generator, base, discriminator, split, enc, temperature, args):
     shares = [np.bincount(n, minlength=response.size(1) + 1) / len(split)
               for n in (mask.sum(1).cpu().numpy(), split.lengths)]
     figures['length_distance'] = float(np.abs(shares[0] - shares[1]).sum() / 2)
-    figures['kl'], figures['perplexity'] = drift(generator, base, split, temperature, args)
+    figures['kl'] = drift(generator, base, split, temperature, args)
+    figures['perplexity'] = torch.tensor(figures['loss']).exp().item()       # inf, if it is
     if discriminator:
         figures['best_of'] = best_of(generator, discriminator, split, enc, temperature, args)
     return figures

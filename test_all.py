@@ -973,22 +973,6 @@ def test_ppo_takes_minibatches_and_stops_early():
         assert 'pretrain' not in record
 
 
-@unclipped
-def test_ppo_at_ratio_1_is_reinforce():
-    """One update on the whole rollout, with the same baseline and anchor: scale included."""
-    flags = '--beta .3 --anchor .4 --micro_batch 3 --temperature .5'.split()
-    cfg, policy, reference, critic, batch, roll, rewards, optimizers, _ = ppo_case(*flags)
-    past, _ = ppo.look_back(policy, reference, critic, batch, roll, rewards, cfg)
-    log_ratio = past.logprobs - plain_logprobs(reference, *batch[:2], roll.response, .5)[0]
-    past = past._replace(advantages=reinforce.advantages(
-        rewards - .3 * log_ratio.detach() * roll.mask, 'mean', .7))
-    ppo.ppo_step(policy, critic, optimizers, batch, past, None, {'updates': 0}, 0., cfg)
-    other, cfg = Keep(policy), parse(reinforce, '--tiny', *flags, '--baseline', 'mean')
-    cfg.device, cfg.dtype = 'cpu', 'float32'
-    reinforce.reinforce_step(policy, reference, other, batch, roll, rewards, .7, 0., cfg)
-    assert (optimizers[0].kept - other.kept).abs().max() < 1e-5 and other.kept.abs().max() > 1e-3
-
-
 # -----------------------------------------------------------------------------
 # gumbel
 
@@ -1249,7 +1233,8 @@ def test_kl_and_perplexity_against_sums():
     """KL exact at each token of the model's own samples, by hand from whole logits."""
     split, _, enc = people(6)
     one, base = (tiny_gpt(seed, vocab_size=enc.n_vocab, block_size=40) for seed in (0, 1))
-    kl, perplexity = sample.drift(one, base, split, .5, judging(1))
+    kl = sample.drift(one, base, split, .5, judging(1))
+    loss = sample.gold_loss(one, split, judging(1))
     batch = split.batch(range(6))
     roll = one.generate(batch.prompt, batch.pad, 6, split.eos, temperature=.5,
                         rng=torch.Generator().manual_seed(1))
@@ -1261,7 +1246,7 @@ def test_kl_and_perplexity_against_sums():
     wanted = sum((p[i, t] * (p[i, t] / q[i, t]).log()).sum() for i, t in mask.nonzero())
     assert abs(kl - wanted / mask.sum()) < 1e-5 and kl > 0
     wanted = sum(-gold[i, t, batch.response[i, t]].log() for i, t in batch.mask.nonzero())
-    assert abs(math.log(perplexity) - wanted / batch.mask.sum()) < 1e-4
+    assert abs(loss - wanted / batch.mask.sum()) < 1e-5
 
 
 def test_best_of_n_by_hand():
@@ -1304,6 +1289,7 @@ def test_runs_are_judged_compared_tabled_and_drawn():
         found.append(json.loads(file.read_text())['results'])
         f, = found[-1]['tuned']
         assert f['kl'] > 0 and 0 < f['length_distance'] <= 1
+        assert abs(math.log(f['perplexity']) - f['loss']) < 1e-5
         assert f['fresh']['pairs'] <= 40 and f['prompts'] == 40
     assert found[0]['sft'][0]['kl'] == 0 < found[1]['sft'][0]['kl'] and 'F1 chosen' in text
     assert f['best_of']['n'] == 2 and f['best_of']['any']['f1'] <= f['best_of']['possible']['f1']
@@ -1489,7 +1475,7 @@ def test_a_run_evaluates_the_policy_it_trains():
         assert {len(rows) for rows in sample.batches(split, n)} == {n}
         figures, texts = sample.evaluate_run(gpt, network, split, enc, cfg)
         assert len(texts) == len(sample.answer(gpt, split, .8, args)[0]) == 20
-        found.append([*figures.values(), *sample.drift(gpt, gpt, split, .8, args)])
+        found.append([*figures.values(), sample.drift(gpt, gpt, split, .8, args)])
     assert np.allclose(found, found[:1] * 3, atol=1e-5)
 
 
@@ -1582,6 +1568,51 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
             assert abs(saved['running']['baseline'] - mean) < 1e-9 and mean != later[0]
 
 
+def test_the_warm_start_ends_with_its_best():
+    """The network of the least loss on dev, the first of such: the adversarial stage begins from it
+    and sft.pt has it, after a resume, too."""
+    whole, parts, states, better = folder('best'), folder('best parts'), {}, sample.better
+    losses = {0: 3., 2: 1., 4: 2., 6: 1., 7: 4.}
+
+    def watched(best, step, generator, *more):
+        states[step] = copy.deepcopy(generator.state_dict())
+        with patched(sample, 'gold_loss', lambda *_: losses[step]):
+            return better(best, step, generator, *more)
+
+    flags = [*SMALL, '--sft_iters', 7, '--iters', 0]
+    with patched(sample, 'better', watched):
+        train(reinforce, whole, *flags)
+        cut_short(reinforce, parts, *flags, at=('mle', 5))
+        assert load_checkpoint(parts / 'sft.pt')['best']['loss'] == 1
+        train(reinforce, parts, '--resume')
+    ended_alike(whole, parts)
+    found = {r['sft_iter']: r['dev'] for r in records(whole) if 'sft_iter' in r and 'dev' in r}
+    assert {step: dev['loss'] for step, dev in found.items()} == losses and 'f1' in found[7]
+    for file in 'sft.pt', 'ckpt.pt':
+        kept = load_checkpoint(whole / file)['model']
+        assert all(torch.equal(v, states[2][k]) for k, v in kept.items())
+        assert any((v != states[6][k]).any() for k, v in kept.items())
+
+
+def test_wandb_gets_the_records():
+    """Offline, where it is installed; where it is not, a sentence."""
+    out, logged = folder('wandb'), []
+    with unittest.mock.patch.dict(sys.modules, wandb=None):
+        raises(ValueError, ['--wandb', 'pip install wandb'], train, reinforce, out, '--tiny',
+               '--wandb')
+    try:
+        import wandb
+    except ImportError as e:
+        raise unittest.SkipTest('wandb is not installed') from e
+    log = wandb.Run.log
+    with (unittest.mock.patch.dict(os.environ, WANDB_MODE='offline', WANDB_SILENT='true'),
+          patched(wandb.Run, 'log', lambda self, r: logged.append(r) or log(self, r))):
+        train(reinforce, out, *SMALL, '--wandb')
+        wandb.finish()
+    assert [{k: v for k, v in r.items() if k != 'seconds'} for r in logged] == records(out)
+    assert list(out.glob('wandb/offline-run-*/*.wandb'))
+
+
 def test_the_learning_rate_is_reached():
     """By the generator's own steps, however late they begin; so is the warm start's."""
     for steps in 1, 2, 7, 150, 8000:
@@ -1671,15 +1702,16 @@ def test_a_number_that_is_not_finite_ends_the_run():
         assert 'NaN' not in (out / 'metrics.jsonl').read_text()
         assert train(script, out, '--resume')['tuned']['f1'] >= 0
     evaluate = sample.evaluate_run
-    with patched(sample, 'evaluate_run', lambda *a: ({'reward': math.inf}, evaluate(*a)[1])):
-        raises(FloatingPointError, ['reward is inf at iter 0'], train, gumbel, folder('dev'),
+    with patched(sample, 'evaluate_run', lambda *a: ({'loss': math.inf}, evaluate(*a)[1])):
+        raises(FloatingPointError, ['loss is inf at sft_iter 0'], train, gumbel, folder('dev'),
                *SMALL)
     assert 'Infinity' not in (SCRATCH / 'dev' / 'metrics.jsonl').read_text()
-    for script, flag, rate, iters, file in ((reinforce, '--sft_lr', 1e6, 1, 'sft.pt'),
-                                            (gumbel, '--lr', 9e18, 1, 'ckpt.pt'),
-                                            (ppo, '--d_lr', 1e8, 2, 'ckpt.pt')):
+    for script, flag, rate, iters, file, words in (
+            (reinforce, '--sft_lr', 1e6, 1, 'sft.pt', 'loss is nan at sft_iter 1'),
+            (gumbel, '--lr', 9e18, 1, 'ckpt.pt', 'ckpt.pt is not written'),
+            (ppo, '--d_lr', 1e8, 2, 'ckpt.pt', 'ckpt.pt is not written')):
         out = folder('diverged run')                 # with finite figures to the end
-        raises(FloatingPointError, [f'{file} is not written', '--resume'], train, script, out,
+        raises(FloatingPointError, [words, '--resume'], train, script, out,
                *SMALL_OF[script], '--sft_iters', 1, '--iters', iters, '--d_warmup_iters', 0,
                '--eval_interval', 9, flag, rate)
         saved = load_checkpoint(out / file)
@@ -1994,7 +2026,7 @@ def test_a_mistake_is_one_sentence():
             (reinforce, f'--iters 3 --out_dir {later} --resume', ['--iters 3', 'is at 4']),
             (reinforce, f'{goes_on} --init_from gpt2', ['--init_from gpt2', 'has scratch']),
             (reinforce, f'--resume --out_dir {lost}', [str(lost), 'no checkpoint sft.pt']),
-            (ppo, goes_on, [str(run), 'of reinforce.py', 'another script']),
+            (ppo, goes_on, [str(run), 'of reinforce, or', 'of a run of ppo.py']),
             (ppo, '--minibatch 1000', ['--minibatch 1000', '--batch_size 64']),
             (ppo, '--clip 0', ['--clip 0', 'from 0.001']),
             (bench, '--batch 6', ['--batch', '--samples 4']),
@@ -2017,9 +2049,9 @@ def test_a_mistake_is_one_sentence():
     good = {'format': model.FORMAT, 'script': 'reinforce', 'settings': asdict(reinforce.Config())}
     for state, words in (([1], 'no run'), ({'model': {}, 'model_args': {}}, 'no run'),
                          ({**good, 'format': None}, 'version'), ({**good, 'format': 0}, 'version'),
-                         ({**good, 'script': 'ppo'}, 'ppo.py, another script'),
-                         ({**good, 'script': 'mine', 'settings': {}}, 'mine.py, another script'),
-                         ({**good, 'settings': {'mine': 1}}, 'another script')):
+                         ({**good, 'script': 'ppo'}, 'of ppo, or'),
+                         ({**good, 'script': 'mine', 'settings': {}}, 'of mine, or'),
+                         ({**good, 'settings': {'mine': 1}}, 'another version')):
         save_checkpoint(file, state)
         raises(ValueError, ['--resume', 'ckpt.pt', words], parse, reinforce, '--resume',
                '--out_dir', file.parent)
@@ -2100,8 +2132,11 @@ def test_a_signal_saves_and_exits():
             os.kill(pid, number)
         if number == signal.SIGHUP:
             process.send_signal(number)
-        assert process.wait(60) == (1 if how else 128 + number), process.stderr.read()
+        code, err = process.wait(60), process.stderr.read()
+        assert code == (1 if how else 128 + number), err
+        assert err.count(f'stopping: saving {out}, go on with --resume') == 1, err
         assert said.count(b'train: ') == 1
+        assert (f'resumed at iteration {done} of 100000'.encode() in said) == ('--resume' in flags)
         done = load_checkpoint(out / 'ckpt.pt')['iter']
         assert done == max(r['iter'] for r in records(out) if 'score' in r) + 1
 
@@ -2146,14 +2181,16 @@ def test_main_leaves_a_process_as_it_was():
     assert records(out)[-1].keys() == {'final'} and len(kept) == 1 and state() == before
 
     now = [0.]
-    with (model.caught_signals() as caught, patched(time, 'monotonic', lambda: now[0]),
-          patched(os, '_exit', side_effect=SystemExit) as leave):
+    with (model.caught_signals('wait') as caught, patched(time, 'monotonic', lambda: now[0]),
+          patched(os, '_exit', side_effect=SystemExit) as leave,
+          patched(os, 'write', side_effect=OSError) as say):
         for now[0], number in (0., signal.SIGTERM), (.3, signal.SIGTERM), (.4, signal.SIGINT), (
                 9., signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert caught == [15, 15, 2, 15] and not leave.called
         raises(SystemExit, [], os.kill, os.getpid(), signal.SIGINT)
         leave.assert_called_with(130)
+        say.assert_called_once_with(2, b'\nwait\n')
 
 
 def test_the_commands_of_the_readme():
@@ -2162,14 +2199,25 @@ def test_the_commands_of_the_readme():
     shutil.rmtree(out, ignore_errors=True)
     env = {**os.environ, 'PYTHONWARNINGS': 'always,ignore::ResourceWarning'}
     done = command('reinforce.py', *SMALL, '--out_dir', out, env=env)
-    assert re.search(r'warm start +[\d.]+.*\ntuned +[\d.]+', done.stdout), done.stdout
+    said = done.stdout
+    assert max(map(len, said.splitlines())) <= 100
+    for line in (r'warm start +[\d.]+.*\ntuned +[\d.]+.*', 'tokenizing 8,000 questions',
+                 r'sft_iter 0  loss \S+  f1 \S+  sample_f1 \S+  on dev',
+                 r'sft_iter 0  mle \S+  \S+ s',
+                 'head start: the generator rests until d_acc 0.93 or iteration 1',
+                 r'iter 0  reward \S+  d_acc \S+  tie_rate \S+  f1 \S+  sample_f1 \S+  on dev',
+                 r'iter 0  reward \S+  d_acc \S+  tie_rate \S+  \S+ s',
+                 'iteration 1: the generator begins to move'):
+        assert re.search(f'^{line}$', said, re.M), (line, said)
+    assert said.count('  gold: ') == said.count('  sampled: ') == 3 * (3 + 3)
     assert not [line for line in done.stderr.splitlines() if 'Warning' in line
                 and str(HERE) in line and 'site-packages' not in line], done.stderr
-    assert (out / 'samples.txt').read_text().count('question  ') == 12
+    text = (out / 'samples.txt').read_text()
+    assert text.count('question  ') == text.count('passage  ') == 12
     assert (out / 'curves.png').stat().st_size > 1000
     command('sample.py', '--ckpt', out / 'ckpt.pt', '--question', 'Who ?', '--context', 'Ada is .')
     text = command('sample.py', '--compare', out / 'sft.pt', out / 'ckpt.pt', '--prompts', 3).stdout
-    assert text.count(f'{out}/ckpt.pt') == 3 and text.count('gold  ') == 3
+    assert text.count(f'{out}/ckpt.pt') == text.count('gold  ') == text.count('passage  ') == 3
     text = command('sample.py', '--evaluate', f'你好±={out}/sft.pt', '--prompts', 4,
                    '--test_steps', 0, '--out', out / 'judged.json',
                    env={**env, 'PYTHONIOENCODING': 'ascii'}).stdout
@@ -2482,8 +2530,8 @@ def test_a_second_cycle_compiles_nothing():
             sample, 'evaluate_run', lambda *a: seen.append(graphs()) or evaluate(*a))):
         train(reinforce, folder('cycles'), *SMALL, '--compile', '--n_layer', '2', '--iters', '6',
               '--d_warmup_iters', '0', '--micro_batch', '4')
-    assert seen[0] < seen[1] == seen[2] == seen[3] < seen[0] + 16, seen
-    assert len(seen) == 3 + 2                        # at the end, the warm start and the tuned once
+    assert len(seen) == 3 + 3 + 2                    # at the end, the warm start and the tuned once
+    assert seen[3] < seen[4] == seen[5] == seen[6] < seen[3] + 16, seen
 
 
 def test_matrices_are_cast_once_a_rollout():
