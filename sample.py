@@ -533,41 +533,41 @@ STYLES = '-', '--', ':', '-.'        # of as many runs as there are colours, eac
 COLOURS = '#4c8dd6 #e0823d #3fa66a #b565c9 #d1555b #8f8a2f #30a5b5 #9a7b5f #d66fa6'.split()
 
 
-def curves(runs, value):
-    """Iterations at which any of runs, lists of records, has a value, and the values there of all
-    runs that reach so far: means of at most 60 windows, interpolated between them."""
-    found = []                                       # (iteration, value) of the windows of each run
-    for records in runs:
-        points = [(r['iter'], value(r)) for r in records if 'iter' in r and value(r) is not None]
-        size = max(1, -(-len(points) // 60))
-        found.append([np.mean(points[k:k + size], 0) for k in range(0, len(points), size)])
-    at = sorted({x for windows in found for x, _ in windows})
-    return at, [[np.interp(x, *zip(*windows)) for windows in found
-                 if windows and windows[0][0] <= x <= windows[-1][0]] for x in at]
+def windows(records, value):
+    """Iterations at which a run has a value, and the values, as means of at most 60 windows."""
+    points = [(r['iter'], value(r)) for r in records if 'iter' in r and value(r) is not None]
+    size = max(1, -(-len(points) // 60))
+    return np.reshape([np.mean(points[k:k + size], 0) for k in range(0, len(points), size)],
+                      (-1, 2)).T
 
 
 def draw(groups, out):
-    """A PNG of runs, lists of records, by name: the mean over those of a name, and their band."""
+    """A PNG of runs, lists of records, by name; those of a name look alike. Dotted, upright: where
+    the generator begins to move."""
     from matplotlib.figure import Figure             # here, for it takes half a second
-    figure, grey = Figure(figsize=(15, 6.2), facecolor='none'), '#858c95'    # for white and black
-    hues = [(style, hue) for style in STYLES for hue in COLOURS]
-    for ax, (title, value) in zip(figure.subplots(2, 4).flat, PANELS.items()):
-        for (style, hue), (name, runs) in zip(hues * len(groups), groups.items()):
-            at, values = curves(runs, value)
-            # a label that begins with _ would not be in the legend
-            ax.plot(at, [*map(np.mean, values)], color=hue, lw=1.8, ls=style, ms=5,
-                    marker='o' if len(at) == 1 else '', label=' ' + name.replace('$', r'\$'))
-            ax.fill_between(at, [*map(min, values)], [*map(max, values)], color=hue, alpha=.2, lw=0)
+    figure, grey = Figure((15, 6.2), facecolor='none', layout='constrained'), '#858c95'
+    looks = [(style, hue) for style in STYLES for hue in COLOURS]
+    axes = figure.subplots(2, 4, sharex=True)
+    for ax, (title, value) in zip(axes.flat, PANELS.items()):
+        for (style, hue), (name, runs) in zip(looks * len(groups), groups.items()):
+            label = ' ' + name.replace('$', r'\$')       # with a _ first it would not be shown
+            for records in runs:
+                at, values = windows(records, value)
+                ax.plot(at, values, color=hue, ls=style, lw=1.4, ms=5, label=label,
+                        marker='o' * (len(at) == 1))
+                label = '_'
+                begin = next((r['iter'] for r in records if 'kl' in r), 0)
+                if begin and len(at):
+                    ax.axvline(begin, color=hue, lw=1, ls=':')
         ax.set_visible(any(len(line.get_xdata()) for line in ax.lines))
         ax.set_title(title, color=grey, fontsize=11)
+        ax.set_xlabel('iteration' * (ax in axes[1]), color=grey, fontsize=9)
         ax.set_facecolor('none')
-        ax.tick_params(colors=grey, labelsize=9)
+        ax.tick_params(colors=grey, labelsize=9, labelbottom=True)
         ax.spines[:].set_color(grey)
         ax.grid(color=grey, alpha=.25)
-    figure.legend(*ax.get_legend_handles_labels(), loc='lower center', frameon=False,
+    figure.legend(*ax.get_legend_handles_labels(), loc='outside lower center', frameon=False,
                   ncols=min(len(groups), 6), labelcolor=grey, fontsize=11)
-    # by hand: a layout engine would render the figure once more
-    figure.subplots_adjust(.035, .07 + .05 * -(-len(groups) // 6), .99, .94, .17, .28)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
 

@@ -1317,11 +1317,9 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     assert png.stat().st_size > 20000
     text = printed('--compare', f'one={base}', runs[1] / 'ckpt.pt', '--prompts', 3)
     assert text.count('question  ') == text.count('one ') == 3
-    runs = [[{'iter': i, 'kl': v} for i in range(n)] for n, v in ((300, 0.), (200, 1.))]
-    curves = zip(*sample.curves(runs, sample.PANELS['KL from the warm start (nats/token)']))
-    reach = {x: values for x, values in curves if x >= 2}
-    assert max(reach) > 296
-    assert all(values == ([0, 1] if x < 198 else [0]) for x, values in reach.items())
+    at, values = sample.windows([{'iter': i, 'kl': float(i)} for i in range(295)] + [{'iter': 7}],
+                                sample.PANELS['KL from the warm start (nats/token)'])
+    assert [*at[[0, -1]]] == [2, 292] and [*values] == [*at] and len(at) == 59   # of 5 each
 
 
 def test_a_network_that_diverged_is_judged_beside_others():
@@ -1361,6 +1359,14 @@ def test_curves_have_a_name_and_a_look_each():
     lines = next(ax for ax in drawn[0].axes if ax.get_title() == 'F1 on dev (%)').lines
     assert said == names and len({(z.get_color(), z.get_linestyle()) for z in lines}) == 12
     assert [z.get_marker() == 'o' for z in lines] == [name == 'a' for name in names]
+    run = [{'iter': 3, 'd_loss': 0.}, {'iter': 4, 'd_loss': 0.}, {'iter': 5, 'kl': 1.}]
+    with patched(Figure, 'savefig', lambda self, *a, **k: drawn.append(self)):
+        sample.draw({'moves at 5': [run, run]}, folder('looks') / 'x.png')
+    axes = drawn[1].axes
+    assert len(drawn[1].legends[0].get_texts()) == 1
+    assert [ax.get_xlabel() for ax in axes] == 4 * [''] + 4 * ['iteration']
+    assert len({ax.get_xlim() for ax in axes}) == 1
+    assert [[*z.get_xdata()] for z in axes[1].lines] == 2 * [[3, 4], [5, 5]]     # a curve, the mark
 
 
 def test_only_what_is_named_alike_is_merged():
