@@ -79,18 +79,19 @@ def load_rows(data, *args, **kwargs):
     try:
         return datasets.load_dataset(*args, **kwargs)
     except Exception as e:
-        raise FileNotFoundError(f'{data} could not be loaded to the cache that HF_HOME names '
-                                f'({type(e.__cause__ or e).__name__}): offline, give --data a file '
-                                f'({", ".join(OWN)}) or folder that is here, or toy') from e
+        what = f'{data} could not be loaded to the cache that HF_HOME names'
+        raise FileNotFoundError(f'{what} ({type(e.__cause__ or e).__name__}): offline, give --data '
+                                f'a file ({", ".join(OWN)}) or folder that is here, or toy') from e
 
 
 def rows_of(path):
-    """(place, row) of each row of a file; one of .jsonl is text, for an error in it has a place."""
+    """(place, row) of each row of a file; of .jsonl, its text, so that an error has a place."""
     if path.suffix == '.parquet':
         rows = load_rows(path, 'parquet', data_files=str(path), split='train')
         yield from ((f'row {n}', row) for n, row in enumerate(rows, 1))
     elif path.suffix == '.json':
-        for a, article in enumerate(json.loads(path.read_text(encoding='utf-8-sig'))['data']):
+        root = json.loads(path.read_text(encoding='utf-8-sig'))
+        for a, article in enumerate(root['data'] if isinstance(root, dict) else []):
             for p, paragraph in enumerate(article['paragraphs']):
                 for q, qa in enumerate(paragraph['qas']):
                     row = {'prompt': qa['question'], 'context': paragraph['context'],
@@ -102,8 +103,7 @@ def rows_of(path):
                 rows = csv.DictReader(f, strict=True)
                 yield from ((f'line {rows.line_num}', row) for row in rows)
             else:
-                lines = enumerate(map(str.strip, f), 1)
-                yield from ((f'line {n}', line) for n, line in lines if line)
+                yield from ((f'line {n}', line) for n, line in enumerate(f, 1) if line.strip())
 
 
 def checked(path, rows):
@@ -112,7 +112,7 @@ def checked(path, rows):
     try:
         for place, row in rows:
             at = f'{path}, {place}'
-            row = json.loads(row) if isinstance(row, str) else row
+            row = json.loads(row.strip()) if isinstance(row, str) else row
             prompt, said, context = row['prompt'], row['response'], row.get('context') or ''
             answers = said if isinstance(said, list) else [said]         # all right; [] for none
             for text in (prompt, context, *answers):
@@ -126,7 +126,7 @@ def checked(path, rows):
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as e:
         raise ValueError(f'{at}: {f"no {e}" if isinstance(e, KeyError) else e}') from e
     if not examples:
-        raise ValueError(f'{path} has no question')
+        raise ValueError(f'{path} has no question (.json has SQuAD\'s schema, .jsonl a row a line)')
     return examples
 
 

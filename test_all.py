@@ -540,7 +540,7 @@ def test_rows_are_read_as_they_are_or_named():
     raises(ValueError, ['after line 10: ', 'end of data'], read, 'x.csv', table + '?,"a\n?,b\n')
     raises(ValueError, ['line 2: ', "no 'prompt'"], read, 'x.csv', 'prompt;response\na;b\n')
     for name, text, word in (('x.csv', '', 'no question'), ('x.jsonl', lines, '9 different'),
-                             ('x.json', '{"data": [', 'x.json: '), ('x.json', '[]', 'x.json: '),
+                             ('x.json', '{"data": [', 'x.json: '), ('x.json', '[{}]', '.jsonl'),
                              ('x.json', '{"data": []}', 'no question')):
         raises(ValueError, [name, word], read, name, text)
     raises(FileNotFoundError, ['x.parquet', 'Arrow'], read, 'x.parquet', 'no table')
