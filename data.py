@@ -52,8 +52,6 @@ def load_examples(data, split, n=None):
                                     f'{split}{f", {split}".join(OWN)} or {split}-v2.0.json')
         examples = checked(files[0], rows_of(files[0]))
     elif path.suffix in (*OWN, '.json'):
-        if not path.is_file():
-            raise FileNotFoundError(f'{path} not found: give --data another')
         examples = checked(path, rows_of(path))
         keys = [(e['question'].strip(), e['context'].strip()) for e in examples]
         number = {key: i for i, key in enumerate(dict.fromkeys(keys))}

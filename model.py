@@ -887,7 +887,7 @@ class Log:
         self.cuda, self.seconds, self.start = cfg.device.startswith('cuda'), {}, 0.0
         self.wandb = open_wandb(cfg) if cfg.wandb and self.writes else None
         if self.writes and size and self.path.exists():
-            os.truncate(self.path, min(size, self.size()))
+            os.truncate(self.path, min(size, self.path.stat().st_size))
         elif self.writes:                            # a new run, all inputs loaded; or metrics lost
             for old in [] if cfg.resume else ['ckpt.pt', 'sft.pt']:
                 (out / old).unlink(missing_ok=True)
@@ -898,10 +898,6 @@ class Log:
         if saved:
             stage, n = ('iteration', cfg.iters) if 'iter' in saved else ('MLE step', cfg.sft_iters)
             print(f'resumed at {stage} {saved.get("iter", saved.get("sft_iter"))} of {n}')
-
-    def size(self):
-        """Bytes written so far, for a checkpoint."""
-        return self.path.stat().st_size if self.writes else 0
 
     def lap(self, station=None):
         """Notes in `seconds` what passed since the last lap, as the station's; else begins anew."""
@@ -960,4 +956,4 @@ def save(path, generator, log, **more):
         save_checkpoint(path, {
             'format': FORMAT, 'script': log.script, 'settings': log.settings,
             'model': generator.state_dict(), 'gpt_config': asdict(generator.config),
-            'log_size': log.size(), **more})
+            'log_size': log.path.stat().st_size, **more})

@@ -367,7 +367,6 @@ def train(cfg, caught=()):
         log.lap('rollout')
 
         # discriminator step
-        # the discriminator learns in its head start, and later where it does not win too easily
         moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
         learn = not moving or running['d_acc'] <= cfg.d_max_acc
