@@ -59,6 +59,8 @@ def load_examples(data, split, n=None):
             raise ValueError(f'{path} has {len(number)} different prompts: give ten or more, or a '
                              'folder with a train and a dev file')
         examples = [e for e, k in zip(examples, keys) if (number[k] % 10 == 9) == (split == 'dev')]
+    elif path.exists():
+        raise ValueError(f'{path} is none of {", ".join(OWN)}: convert or rename it')
     else:
         (name, _, config), part = data.partition(':'), {'dev': 'validation'}.get(split, split)
         rows = load_rows(data, HUB.get(name, name), config or None, split=part)

@@ -544,6 +544,7 @@ def test_rows_are_read_as_they_are_or_named():
                              ('x.json', '{"data": []}', 'no question')):
         raises(ValueError, [name, word], read, name, text)
     raises(FileNotFoundError, ['x.parquet', 'Arrow'], read, 'x.parquet', 'no table')
+    raises(ValueError, ['x.txt is none of', '.csv'], read, 'x.txt', lines)   # not for the hub
     raises(FileNotFoundError, ['gone.csv'], data.load_examples, 'gone.csv', 'dev')
     for names in (), ('train.txt', 'train.csv', 'train.jsonl'):
         for name in names:
