@@ -451,12 +451,15 @@ def test_the_cut_of_a_prompt_tells_nothing():
 
 
 def test_batches_are_ordered_padded_and_masked():
-    """The order is a pure function of seed and step, an epoch holds everything in its own order."""
-    batches = [data.order(10, 4, 7, step) for step in range(5)]
+    """The order is a pure function of seed and step, an epoch holds everything in its own order,
+    which is drawn once."""
+    with patched(np.random, 'default_rng', unittest.mock.Mock(wraps=np.random.default_rng)) as rng:
+        batches = [data.order(10, 4, (7, 9), step) for step in range(5)]
+    assert rng.mock_calls == [unittest.mock.call((7, 9, epoch)) for epoch in (0, 1)]
     epochs = np.concatenate(batches).reshape(2, 10)
     assert (np.sort(epochs) == np.arange(10)).all() and (epochs[0] != epochs[1]).any()
-    assert np.array_equal(data.order(10, 4, 7, 3), batches[3])
-    assert not np.array_equal(data.order(10, 4, 8, 0), batches[0])
+    assert np.array_equal(data.order(10, 4, (7, 9), 3), batches[3])
+    assert not np.array_equal(data.order(10, 4, (8, 9), 0), batches[0])
     enc = data.load_tokenizer('toy')
     split = data.Split(data.toy_examples('dev', 20), enc, 45, 7)
     batch = split.batch([3, 5])
