@@ -231,9 +231,7 @@ class GPT(nn.Module):
         returns      a Rollout
         """
         (B, P), K, R, device = prompt.shape, samples, max_response, prompt.device
-        if P + R > self.config.block_size:
-            raise ValueError(f'prompt of {P} + response of {R} tokens exceed the block size '
-                             f'{self.config.block_size}: lower --max_prompt or --max_response')
+        assert P + R <= self.config.block_size, (P, R)
         response = torch.full((B, K, R), eos, device=device)
         mask = torch.zeros((B, K, R), dtype=torch.bool, device=device)
         alive = torch.ones((B, K), dtype=torch.bool, device=device)
@@ -281,8 +279,8 @@ class GPT(nn.Module):
                              list(self.h.parameters()))
 
     def cache(self, rows, columns):
-        """Keys and values of each layer, (rows, H, columns, D), kept for three shapes: a rollout's,
-        an evaluation's and one to spare."""
+        """Keys and values of each layer, (rows, H, columns, D), kept for each shape: a run has its
+        rollouts' and its evaluations'."""
         c, weight = self.config, self.wte.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
@@ -290,8 +288,6 @@ class GPT(nn.Module):
         shape = rows, c.n_head, columns, c.n_embd // c.n_head
         key = shape, dtype, weight.device
         if key not in self.caches:
-            if len(self.caches) == 3:                # let go of them before there are new ones
-                self.caches.clear()
             # a tensor each, so that a compiled step writes in place instead of copying the cache;
             # CUDA graphs take that because the address is marked as static
             cache = [[torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2)]
@@ -317,7 +313,7 @@ class GPT(nn.Module):
         A GPT, in eval mode, from OpenAI's weights, ours or nanoGPT's.
 
         source  gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded); a folder with
-                config.json and model.safetensors, or such a file; a .pt file of ours or of
+                config.json and model.safetensors, or the latter; a .pt file of ours or of
                 nanoGPT, whose exact GELU is run as the tanh form; a run's folder, for its last
                 checkpoint. Up to 47 tokens beyond GPT-2's 50257 are left out
         raises  FileNotFoundError, ValueError: one sentence with the file and what is wrong with it
@@ -325,8 +321,6 @@ class GPT(nn.Module):
         path = download(source) if source in HUB else Path(source)
         try:
             weights, config = read_weights(path)
-            if config.n_layer > len(weights):        # or a wrong number could ask for any memory
-                raise KeyError(f'weights of {config.n_layer} layers')
             with torch.device('meta'):               # nothing is drawn, no memory taken
                 model = cls(config)
             model.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
@@ -361,8 +355,7 @@ def uniform(shape, like, rng):
 
 
 def exponential(u):
-    """Exponential(1) draws in place of uniform ones; never 0, so that their logarithm is finite. On
-    a CPU five times as fast as exponential_()."""
+    """Exponential(1) in place of uniform draws, never 0; on a CPU 5 x as fast as exponential_()."""
     return u.log_().neg_().clamp_(1e-30, 1e30)
 
 
@@ -436,7 +429,6 @@ HUB = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-me
        'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl',
        'distilgpt2': 'distilbert/distilgpt2'}
 TURNED = 'c_attn.weight', 'c_fc.weight', 'c_proj.weight'     # (in, out) there, (out, in) here
-HEADS = {(6, 768): 12, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # layers, C
 FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
          'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'bias': True}
 
@@ -455,11 +447,8 @@ def download(name):
 def read_files(path):
     """Tensors as a folder or file names them, its settings, and whether its layout is OpenAI's."""
     if file := last_checkpoint(path):
-        saved = load_checkpoint(file)
-        for key in 'gpt_config', 'model_args':       # ours, nanoGPT's
-            if key in saved:
-                return saved['model'], saved[key], False
-        raise ValueError(f'{path} holds no model of ours or of nanoGPT')
+        saved = load_checkpoint(file)                # ours, or nanoGPT's
+        return saved['model'], saved.get('gpt_config') or saved['model_args'], False
     file = path / 'model.safetensors' if path.is_dir() else path
     if not file.is_file() or file.suffix != '.safetensors':
         raise FileNotFoundError(
@@ -474,8 +463,7 @@ def read_files(path):
 
 
 def read_weights(path):
-    """Weights under our names, and their GPTConfig, by their shapes; n_head, which those do not
-    tell, comes with the file."""
+    """Weights under our names, and their GPTConfig: by their shapes, which do not tell n_head."""
     raw, settings, turned = read_files(path)
     for key, value in FIXED.items():
         if settings.get(key, value) != value:
@@ -491,16 +479,12 @@ def read_weights(path):
         raise ValueError(f'{path} has an lm_head that is not wte: not a GPT-2, whose head is tied')
     if 50257 < len(wte) <= 50304:                    # GPT-2's, filled up for speed or by a [PAD]
         wte = weights['wte.weight'] = wte[:50257].clone()
-    layers = [int(n) for k in weights for n in re.findall(r'^h\.(\d{1,4})\.', k)]
-    size = max(layers, default=-1) + 1, wte.size(1)
-    n_head = settings.get('n_head', HEADS.get(size))
-    if n_head is None:
-        raise ValueError(f'{path} has no config.json beside it that tells its n_head: put it there')
-    if type(n_head) is not int or n_head < 1 or size[1] % n_head:
-        raise ValueError(f'{path} has n_head {n_head!r}, which does not divide n_embd {size[1]}')
-    if not all(w.isfinite().all() for w in weights.values()):
-        raise ValueError(f'{path} has weights that are not finite: give another')
-    return weights, GPTConfig(wpe.size(0), wte.size(0), size[0], n_head, size[1])
+    n_head, n_embd = settings.get('n_head'), wte.size(1)
+    if type(n_head) is not int or n_head < 1 or n_embd % n_head:
+        raise ValueError(f'{path}: n_head {n_head} does not divide n_embd {n_embd}: give it the '
+                         'config.json of its own')
+    layers = [int(n) + 1 for k in weights for n in re.findall(r'^h\.(\d{1,3})\.', k)]
+    return weights, GPTConfig(wpe.size(0), wte.size(0), max(layers, default=0), n_head, n_embd)
 
 
 # -----------------------------------------------------------------------------
@@ -548,7 +532,7 @@ def parse_known(parser, argv):
     if rest:
         flags = re.findall(r'--\w+', parser.format_help())
         near = difflib.get_close_matches(rest[0].partition('=')[0], flags, 1, .8)
-        hint = ''.join(f': did you mean {flag}?' for flag in near)
+        hint = f': did you mean {near[0]}?' if near else ''
         parser.error(f'unrecognized arguments: {" ".join(rest)}{hint}')
     return args
 
@@ -602,10 +586,9 @@ class Output:
 
 @contextlib.contextmanager
 def caught_signals(notice):
-    """A list that gets the number of each SIGINT, SIGTERM and SIGHUP (not if that is ignored, as
-    under nohup); at the first, rank 0 says the notice. They may come twice, from a scheduler or
-    terminal and from torchrun; but a SIGINT later than a second after the first is by hand, and
-    ends the process at once."""
+    """A list that gets the number of each SIGINT, SIGTERM and SIGHUP (not if ignored, as under
+    nohup); at the first, rank 0 says the notice. They may come twice, from torchrun, too; but a
+    SIGINT later than a second after the first is by hand, and ends the process at once."""
     caught, times, kept = [], [], {}
 
     def catch(number, _):
@@ -632,11 +615,8 @@ def caught_signals(notice):
 def load_generator(cfg, n_vocab):
     """The generator that --init_from names, or that of the run to resume, on the device."""
     source = last_checkpoint(cfg.out_dir) if cfg.resume else cfg.init_from
-    if source == 'scratch':
-        generator = GPT(GPTConfig(cfg.max_prompt + cfg.max_response, n_vocab, cfg.n_layer,
-                                  cfg.n_head, cfg.n_embd))
-    else:
-        generator = GPT.from_pretrained(source)
+    size = cfg.max_prompt + cfg.max_response, n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd
+    generator = GPT(GPTConfig(*size)) if source == 'scratch' else GPT.from_pretrained(source)
     return generator.to(cfg.device).eval()
 
 
@@ -739,11 +719,9 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """Reads what `save_checkpoint` wrote, onto the CPU, and executes nothing it finds. Raises a
-    FileNotFoundError, or a ValueError for a truncated file or one that holds code."""
+    ValueError for a truncated file or one that holds code."""
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path} not found: give the path of a checkpoint') from None
     except Exception as e:           # bytes that are no pickle end in an error of any kind
         raise ValueError(f'{path} refused, nothing executed: it is truncated or damaged, or holds '
                          'more than tensors and plain values') from e
@@ -752,9 +730,8 @@ def load_checkpoint(path):
 def last_checkpoint(path):
     """The file to go on from of a run, by its folder; a .pt file itself; None if there is none."""
     path = Path(path)
-    files = [path / name for name in ('ckpt.pt', 'sft.pt')]
-    own = path if path.suffix == '.pt' and not path.is_dir() else None
-    return next((file for file in files if file.exists()), own)
+    files = [path / 'ckpt.pt', path / 'sft.pt'] + [path] * (path.suffix == '.pt')
+    return next((file for file in files if file.is_file()), None)
 
 
 def settings_to_resume(given, Config):
@@ -762,8 +739,7 @@ def settings_to_resume(given, Config):
     of the Config, or with the flags given."""
     file = last_checkpoint(given['out_dir'])
     if file is None or not file.with_name('sft.pt').exists():    # a run has its warm start, too
-        raise ValueError(f'--resume: no checkpoint sft.pt in {given["out_dir"]}: put it there, or '
-                         'give another --out_dir')
+        raise ValueError(f'--resume: no checkpoint sft.pt in {given["out_dir"]}: give another')
     saved = load_checkpoint(file)
     of = saved['script'] if isinstance(saved, dict) and saved.get('format') == FORMAT else 'no run'
     if of != Config.script or saved['settings'].keys() - Config.__dataclass_fields__.keys():
@@ -793,8 +769,6 @@ def open_device(cfg):
         if 'LOCAL_RANK' in os.environ and cfg.device.startswith('cuda'):
             cfg.device = f'cuda:{os.environ["LOCAL_RANK"]}'
         device = torch.empty(1, device=cfg.device).device
-        if device.type not in ('cuda', 'mps', 'cpu'):
-            raise RuntimeError(f'{device.type} is unknown')
         cfg.device = str(device)                     # with its number
     except (RuntimeError, AssertionError) as e:      # the latter of a torch without CUDA
         raise ValueError(f'--device {cfg.device} is not to be had here: give another') from e
@@ -821,14 +795,12 @@ def open_device(cfg):
 
 
 def keep_freed_memory(keep=True):
-    """Has glibc's malloc keep freed memory for the next large tensor: on a CPU, clearing fresh
-    pages takes half of a step. With False, gives back what was kept, which comes to lie in pieces
-    too small for a large tensor and in time would double the memory."""
+    """Has glibc's malloc keep freed memory: on a CPU, clearing fresh pages takes half of a step.
+    With False, gives back what was kept, whose pieces in time would double the memory."""
+    calls = [('mallopt', -4, 0), ('mallopt', -1, -1)]            # M_MMAP_MAX, M_TRIM_THRESHOLD
     try:
-        libc = ctypes.CDLL(None)
-        settings = [('mallopt', -4, 0), ('mallopt', -1, -1)]     # M_MMAP_MAX, M_TRIM_THRESHOLD
-        for function, *values in settings if keep else [('malloc_trim', 0)]:
-            getattr(libc, function)(*values)
+        for function, *values in calls if keep else [('malloc_trim', 0)]:
+            getattr(ctypes.CDLL(None), function)(*values)
     except (AttributeError, OSError, TypeError):     # not glibc
         pass
 
@@ -861,16 +833,6 @@ def autocast(cfg):
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == 'bfloat16')
 
 
-def open_wandb(cfg):
-    """A run of Weights & Biases, named as a run's folder."""
-    try:
-        import wandb
-        return wandb.init(project='nanogaf', name=cfg.out_dir, dir=cfg.out_dir, config=asdict(cfg))
-    except Exception as e:
-        raise ValueError(f'--wandb: {" ".join(str(e).split())} (pip install wandb, then wandb '
-                         'login, or let WANDB_MODE be offline)') from e
-
-
 class Log:
     """
     Appends records, dicts, to out_dir/metrics.jsonl, on rank 0, below a header with the config and
@@ -885,7 +847,15 @@ class Log:
         self.path, self.writes, self.script = out / 'metrics.jsonl', not rank(), cfg.script
         self.settings = {**asdict(cfg), **given, 'resume': False, 'overwrite': False}
         self.cuda, self.seconds, self.start = cfg.device.startswith('cuda'), {}, 0.0
-        self.wandb = open_wandb(cfg) if cfg.wandb and self.writes else None
+        self.wandb = None
+        if cfg.wandb and self.writes:
+            try:
+                import wandb
+                self.wandb = wandb.init(project='nanogaf', name=cfg.out_dir, dir=cfg.out_dir,
+                                        config=asdict(cfg))
+            except Exception as e:
+                raise ValueError(f'--wandb: {" ".join(str(e).split())} (pip install wandb, wandb '
+                                 'login, or let WANDB_MODE be offline)') from e
         if self.writes and size and self.path.exists():
             os.truncate(self.path, min(size, self.path.stat().st_size))
         elif self.writes:                            # a new run, all inputs loaded; or metrics lost
@@ -942,9 +912,8 @@ def save(path, generator, log, **more):
     optimizers for their states. If a network has diverged, the file stays as it was, and all ranks
     raise a FloatingPointError. A time to give back freed memory, too."""
     keep_freed_memory(False)
-    tokens = torch.arange(min(32, generator.config.block_size), device=generator.wte.weight.device)
+    tokens = torch.zeros_like(generator.wpe.weight[None, :32, 0], dtype=torch.long)      # (1, 32)
     trunks = [generator, *(z.trunk for z in more.values() if isinstance(z, Discriminator))]
-    tokens = tokens[None] % generator.config.vocab_size
     with torch.no_grad(), torch.compiler.set_stance('force_eager'):          # no graph for this
         diverged = not all(trunk(tokens).isfinite().all() for trunk in trunks)
     if diverged:

@@ -406,8 +406,8 @@ def evaluate(args):
     enc, split, settings = task_of(sources + [args.discriminator] * bool(args.best_of), args)
     base = GPT.from_pretrained(args.base).to(args.device)
     if args.best_of:
-        file = last_checkpoint(args.discriminator) or args.discriminator
-        state = load_checkpoint(file).get('discriminator')
+        file = last_checkpoint(args.discriminator)
+        state = file and load_checkpoint(file).get('discriminator')
         if not state or not state['score.weight'].any():
             raise ValueError(f'{args.discriminator} has no trained discriminator: give a ckpt.pt')
         discriminator = Discriminator(GPT.from_pretrained(args.discriminator)).to(args.device)
