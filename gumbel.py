@@ -224,7 +224,7 @@ def score_shown(discriminator, batch, answers, mask, cfg):
 
 def mle_gradient(generator, batch, weight, cfg):
     """Adds this rank's gradient of weight times the sum of -log pi over the tokens of a Batch's
-    gold answers or passages, in micro-batches; returns the mean over all ranks' tokens, in nats."""
+    gold answers or passages, in micro-batches; the mean over all ranks' tokens, in nats, ()."""
     total = torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
@@ -232,7 +232,7 @@ def mle_gradient(generator, batch, weight, cfg):
         loss = -(logprobs[:, 0] * part.mask).sum()
         (weight * loss).backward()
         total += loss.detach()
-    return (all_sum(total) / all_sum(batch.mask.sum())).item()
+    return all_sum(total) / all_sum(batch.mask.sum())
 
 
 def mle_step(generator, optimizer, train_set, step, cfg):
@@ -267,7 +267,7 @@ def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, 
     discriminator.eval()
     scores = torch.cat(kept)
     loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * where
-    d_loss = all_sum(loss.sum()).item() / n_places if n_places else None
+    d_loss = all_sum(loss.sum()) / n_places if n_places else None
     d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
     return {**told(*gathered(scores, where.any(-1))), 'd_loss': d_loss, 'd_norm': d_norm}
 
@@ -296,7 +296,7 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
         kl, entropy = kl_penalty(logits[:, 1:], ref_logits, r.response, r.mask)
         ((answers * grad).sum() + cfg.beta * kl.sum() / n).backward()
         sums += torch.stack((loss.detach(), kl.detach().sum(), entropy.sum(), r.mask.sum()))
-    g_loss, kl, entropy, tokens = all_sum(sums).tolist()
+    g_loss, kl, entropy, tokens = all_sum(sums)
     figures = {'g_loss': g_loss, 'kl': kl / tokens, 'entropy': entropy / tokens}
     if cfg.anchor:
         figures['mle'] = mle_gradient(generator, batch, cfg.anchor / len(batch.pad) / world(), cfg)

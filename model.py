@@ -233,7 +233,6 @@ class GPT(nn.Module):
         (B, P), K, R, device = prompt.shape, samples, max_response, prompt.device
         assert P + R <= self.config.block_size, (P, R)
         response = torch.full((B, K, R), eos, device=device)
-        mask = torch.zeros((B, K, R), dtype=torch.bool, device=device)
         alive = torch.ones((B, K), dtype=torch.bool, device=device)
         cache = self.cache(B, P + K * R)
         self.cast()
@@ -245,13 +244,14 @@ class GPT(nn.Module):
                 logits = logits.masked_fill(logits < least, -math.inf)
             token = (self.pick(logits, uniform(logits.shape, logits, rng)) if temperature else
                      logits.argmax(-1)).where(alive, eos)                    # (B, K)
-            response[:, :, t], mask[:, :, t] = token, alive
+            response[:, :, t] = token
             alive = alive & (token != eos)
             # on CUDA the host waits for a look at `alive`: every eighth token is enough
             if t + 1 == R or ((device.type != 'cuda' or t % 8 == 7) and not alive.any()):
                 break
             x = self.decode(token, pad, P, R, cache, torch.full((1,), t, device=device))
-        return Rollout(response, mask, ((response == eos) & mask).any(-1))
+        over = response == eos
+        return Rollout(response, over.cumsum(-1) <= over, over[..., -1])
 
     def decode(self, token, pad, P, R, cache, t):
         """Trunk outputs (B, K, C) of tokens (B, K), number t (1,) of each answer."""
@@ -628,9 +628,8 @@ GRAD_CLIP = 1.0                   # largest gradient norm, of each network
 
 def adamw(network):
     """The optimizer of a network, AdamW without decay, which is Adam; `update` sets its rate."""
-    device = next(network.parameters()).device
     return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(.9, .95), eps=1e-8,
-                             weight_decay=0.0, fused=device.type != 'mps')
+                             weight_decay=0.0, fused=True)
 
 
 def schedule(step, steps):
@@ -642,17 +641,18 @@ def schedule(step, steps):
 
 
 def update(network, optimizer, lr):
-    """Sums the gradient over ranks, clips it, takes a step if it is finite; its norm unclipped."""
+    """Sums the gradient over ranks, clips it, steps if it is finite; its norm before, a tensor."""
     for p in network.parameters():
         if world() > 1 and p.grad is not None:
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), GRAD_CLIP)
     for group in optimizer.param_groups:
         group['lr'] = lr
-    if norm.isfinite():                              # otherwise the log ends the run
-        optimizer.step()
+    # a fused step leaves out by itself, without a wait, what is not finite; the log ends the run
+    optimizer.found_inf = 1 - norm.isfinite().float()
+    optimizer.step()
     optimizer.zero_grad()            # now: the next network's backward pass needs the memory
-    return norm.item()
+    return norm
 
 
 def rank():
@@ -837,9 +837,9 @@ class Log:
     """
     Appends records, dicts, to out_dir/metrics.jsonl, on rank 0, below a header with the config and
     the device that it began on; prints what SCREEN names of evaluations and of every tenth of the
-    others. A number in one that is not finite is a FloatingPointError. To go on from `saved`, a
-    checkpoint, the file is cut to what it was then. Checkpoints take `settings`, with device,
-    dtype, compile as `given`.
+    others. Tensors in one are read here, when all of a step is on its way; a number that is not
+    finite is a FloatingPointError. To go on from `saved`, a checkpoint, the file is cut to what it
+    was then. Checkpoints take `settings`, those that `open_device` resolves as `given`.
     """
 
     def __init__(self, out, cfg, given, saved):
@@ -878,6 +878,7 @@ class Log:
         self.start = now
 
     def __call__(self, record):
+        record = {k: v.item() if torch.is_tensor(v) else v for k, v in record.items()}
         stage = next((k for k in SCREEN if k in record), None)
         at = f'{stage} {record[stage]}' if stage else 'the end'
         figures = {**record, **record.get('dev', {})}

@@ -212,7 +212,7 @@ def reward(scores, batch, roll, cfg):
 
 def mle_gradient(generator, batch, weight, cfg):
     """Adds this rank's gradient of weight times the sum of -log pi over the tokens of a Batch's
-    gold answers or passages, in micro-batches; returns the mean over all ranks' tokens, in nats."""
+    gold answers or passages, in micro-batches; the mean over all ranks' tokens, in nats, ()."""
     total = torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
@@ -220,7 +220,7 @@ def mle_gradient(generator, batch, weight, cfg):
         loss = -(logprobs[:, 0] * part.mask).sum()
         (weight * loss).backward()
         total += loss.detach()
-    return (all_sum(total) / all_sum(batch.mask.sum())).item()
+    return all_sum(total) / all_sum(batch.mask.sum())
 
 
 def mle_step(generator, optimizer, train_set, step, cfg):
@@ -253,7 +253,7 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
     discriminator.eval()
     scores = torch.cat(kept)
     loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * where
-    d_loss = all_sum(loss.sum()).item() / n_places if n_places else None
+    d_loss = all_sum(loss.sum()) / n_places if n_places else None
     d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
     return scores, {**told(*gathered(scores, where.any(-1))), 'd_loss': d_loss, 'd_norm': d_norm}
 
@@ -304,7 +304,7 @@ def look_back(generator, reference, critic, batch, roll, rewards, cfg):
     log_ratio = (logprobs - ref_logprobs) * roll.mask
     advantages, returns = gae(rewards - cfg.beta * log_ratio, values, roll.mask, cfg.lam)
     sums = torch.stack((log_ratio.sum(), (entropy * roll.mask).sum(), roll.mask.sum()))
-    kl, entropy, tokens = all_sum(sums).tolist()
+    kl, entropy, tokens = all_sum(sums)
     return Past(roll.response, roll.mask, logprobs, values, centre(advantages, roll.mask),
                 returns), {'kl': kl / tokens, 'entropy': entropy / tokens}
 
@@ -326,7 +326,7 @@ def ppo_gradient(generator, critic, batch, past, cfg):
         log_ratio = (logprobs.detach() - old.logprobs) * old.mask
         approx_kl = (log_ratio.expm1() - log_ratio).sum() / n_tokens         # k3, Schulman 2020
         sums += torch.stack((g_loss.detach(), v_loss.detach(), approx_kl))
-    figures = dict(zip(('g_loss', 'v_loss', 'approx_kl'), all_sum(sums).tolist()))
+    figures = dict(zip(('g_loss', 'v_loss', 'approx_kl'), all_sum(sums)))
     if cfg.anchor:
         figures['mle'] = mle_gradient(generator, batch, cfg.anchor / len(batch.pad) / world(), cfg)
     return figures
@@ -481,7 +481,7 @@ def train(cfg, caught=()):
 
         # generator step
         rewards = reward(scores, batch, roll, cfg)
-        record['reward'] = all_sum(rewards.sum()).item() / (roll.ended.numel() * world())
+        record['reward'] = all_sum(rewards.sum()) / (roll.ended.numel() * world())
         if moving:
             if running['start'] == it:
                 critic.trunk.load_state_dict(discriminator.trunk.state_dict())   # V is 0 at first

@@ -188,7 +188,7 @@ def reward(scores, batch, roll, cfg):
 
 def mle_gradient(generator, batch, weight, cfg):
     """Adds this rank's gradient of weight times the sum of -log pi over the tokens of a Batch's
-    gold answers or passages, in micro-batches; returns the mean over all ranks' tokens, in nats."""
+    gold answers or passages, in micro-batches; the mean over all ranks' tokens, in nats, ()."""
     total = torch.zeros((), device=batch.mask.device)
     for part, in data.parts(cfg.micro_batch, batch):
         with autocast(cfg):
@@ -196,7 +196,7 @@ def mle_gradient(generator, batch, weight, cfg):
         loss = -(logprobs[:, 0] * part.mask).sum()
         (weight * loss).backward()
         total += loss.detach()
-    return (all_sum(total) / all_sum(batch.mask.sum())).item()
+    return all_sum(total) / all_sum(batch.mask.sum())
 
 
 def mle_step(generator, optimizer, train_set, step, cfg):
@@ -229,7 +229,7 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
     discriminator.eval()
     scores = torch.cat(kept)
     loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * where
-    d_loss = all_sum(loss.sum()).item() / n_places if n_places else None
+    d_loss = all_sum(loss.sum()) / n_places if n_places else None
     d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
     return scores, {**told(*gathered(scores, where.any(-1))), 'd_loss': d_loss, 'd_norm': d_norm}
 
@@ -260,7 +260,7 @@ def reinforce_step(generator, reference, optimizer, batch, roll, rewards, runnin
         loss.backward()
         sums += torch.stack((loss.detach(), log_ratio.sum(), (entropy * r.mask).sum(),
                              r.mask.sum(), total.sum()))
-    g_loss, kl, entropy, tokens, total = all_sum(sums).tolist()
+    g_loss, kl, entropy, tokens, total = all_sum(sums)
     figures = {'g_loss': g_loss, 'kl': kl / tokens, 'entropy': entropy / tokens,
                'return_mean': total / n}
     if cfg.anchor:
@@ -384,12 +384,12 @@ def train(cfg, caught=()):
 
         # generator step
         rewards = reward(scores, batch, roll, cfg)
-        record['reward'] = all_sum(rewards.sum()).item() / (roll.ended.numel() * world())
+        record['reward'] = all_sum(rewards.sum()) / (roll.ended.numel() * world())
         if moving:
             record['lr'] = cfg.lr * schedule(it - running['start'], cfg.iters - running['start'])
             record |= reinforce_step(generator, reference, optimizer, batch, roll, rewards,
                                      running['baseline'], record['lr'], cfg)
-            mean, old = record.pop('return_mean'), running['baseline']
+            mean, old = record.pop('return_mean').item(), running['baseline']
             running['baseline'] = mean if old is None else .9 * old + .1 * mean
         log.lap('generator')
 

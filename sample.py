@@ -312,7 +312,7 @@ def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
     torch.manual_seed(hash(seed) % 2 ** 31)
     network = Discriminator(trunk, dropout=.1).to(args.device)
     lr, steps = args.test_lr or .064 / trunk.config.n_embd, args.test_steps
-    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=.01)
+    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=.01, fused=True)
     for step in tqdm(range(steps), 'fresh discriminator', disable=None, leave=False):
         rows = learn[data.order(len(learn), min(args.batch_size, len(learn)), seed, step)]
         for part in np.array_split(rows, -(-len(rows) // args.micro_batch)):

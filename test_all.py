@@ -1637,12 +1637,19 @@ def test_the_learning_rate_is_reached():
             assert len(rates) == n and max(rates) >= .95 * peak, rates
     # where gradients are small, too: clipped to 1, those of 124M parameters have an RMS of 9e-5
     network = torch.nn.Linear(1, 1, bias=False)
-    before, network.weight.grad = network.weight.item(), torch.full((1, 1), 1e-7)
-    model.update(network, model.adamw(network), .1)
+    optimizer, before = model.adamw(network), network.weight.item()
+    network.weight.grad = torch.full((1, 1), 1e-7)
+    model.update(network, optimizer, .1)
     assert abs(before - network.weight.item() - .1) < .02
-    before, network.weight.grad = network.weight.item(), torch.full((1, 1), math.nan)
-    assert math.isnan(model.update(network, model.adamw(network), .1))
-    assert network.weight.item() == before           # no step is taken by it
+    for bad in math.nan, math.inf:                   # no step is taken by it
+        before = copy.deepcopy((network.state_dict(), optimizer.state_dict()['state']))
+        network.weight.grad = torch.full((1, 1), bad)
+        assert not math.isfinite(model.update(network, optimizer, .1))
+        after = network.state_dict(), optimizer.state_dict()['state']
+        assert all(map(torch.equal, tree_leaves(before), tree_leaves(after)))
+    network.weight.grad = torch.ones(1, 1)           # but the next one is
+    model.update(network, optimizer, .1)
+    assert network.weight.item() != before[0]['weight'].item()
 
 
 def test_a_killed_run_ends_as_if_it_never_was():
