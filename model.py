@@ -180,7 +180,11 @@ class GPT(nn.Module):
 
     def head(self, x):
         """Logits (..., V) of trunk outputs (..., C)."""
-        return linear_in_float32(x, self.wte.weight)
+        weight, V = self.wte.weight, self.config.vocab_size
+        # tensor cores want whole tiles, 50257 is odd; decoding's few rows are not worth a copy
+        if x.is_cuda and x.shape[:-1].numel() >= 512:
+            weight = F.pad(weight, (0, 0, 0, -V % 64))
+        return linear_in_float32(x, weight)[..., :V]
 
     def forward(self, tokens, pad=None):
         """Logits (B, T, V) of ids or one-hots; training asks for `response_logprobs`."""
@@ -207,13 +211,17 @@ class GPT(nn.Module):
         returns      logprobs (B, K, R) in nats, with gradient,
                      entropy (B, K, R) of the predicting distribution in nats, no gradient, or None
         """
-        logits = self.head(self.response_hidden(prompt, pad, response) / temperature)
-        logp = logits.log_softmax(-1)                                        # (B, K, R, V)
-        logprobs = logp.gather(-1, response[..., None])[..., 0]
-        if not entropy:
-            return logprobs, None
+        x = self.response_hidden(prompt, pad, response) / temperature
+        return self.logprobs_and_entropy(x, response, entropy)
+
+    def logprobs_and_entropy(self, x, response, entropy):
+        """What `response_logprobs` returns, of trunk outputs (B, K, R, C) over the temperature."""
+        logp = self.head(x).log_softmax(-1)                                  # (B, K, R, V)
+        # compiled, nll_loss takes, beside the logits, only their gradient; gather as much again
+        logprobs = -F.nll_loss(logp.flatten(0, -2), response.flatten(), reduction='none')
         with torch.no_grad():
-            return logprobs, -(logp.exp() * logp).sum(-1)
+            entropy = -(logp.exp() * logp).sum(-1) if entropy else None
+        return logprobs.view(response.shape), entropy
 
     @torch.no_grad()
     def generate(self, prompt, pad, max_response, eos, samples=1, temperature=1.0, top_k=None,
@@ -298,10 +306,11 @@ class GPT(nn.Module):
         return self.caches[key]
 
     def compile(self):
-        """Compiles in place: each block (one graph serves all layers), on CUDA sampling and the
-        decoding step too, the latter under CUDA graphs. Copy a model before, not after."""
+        """Compiles in place, for each shape anew: each block (one graph serves all layers) and the
+        loss, on CUDA sampling and, under CUDA graphs, decoding. Copy a model before, not after."""
         for block in self.h:
-            block.compile()
+            block.compile(dynamic=False)
+        self.logprobs_and_entropy = torch.compile(self.logprobs_and_entropy, dynamic=False)
         if self.wte.weight.is_cuda:
             self.decode = torch.compile(self.decode, mode='reduce-overhead', dynamic=False)
             self.pick = torch.compile(self.pick)
@@ -785,7 +794,7 @@ def open_device(cfg):
     if not cuda:
         keep_freed_memory()
     torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
-    # a block has a graph for each of: with gradient, without, prefill, decoding, sizes of batches
+    # a block has a graph for each shape, with gradient and without, of training and evaluations
     torch._dynamo.config.recompile_limit = 64
     for name in 'batch_size', 'sft_batch_size', 'minibatch':
         if getattr(cfg, name, 0) % world():

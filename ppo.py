@@ -410,7 +410,8 @@ def train(cfg, caught=()):
     generator = load_generator(cfg, enc.n_vocab)
     data.check_fit(generator.config, enc, cfg)
     passages = data.load_passages(train_set.examples, enc, cfg) if cfg.pretrain else None
-    reference = copy.deepcopy(generator).requires_grad_(False)               # before it is compiled
+    # before it is compiled; whole, for without requires_grad it would have graphs of its own
+    reference = copy.deepcopy(generator)
     if cfg.compile:
         generator.compile()
     saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {}

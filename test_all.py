@@ -1931,7 +1931,8 @@ def compiled_equals_eager(script, *more, bound=1e-3):
     assert len(figures[0]) >= 4
     start, first, second, *later = seen[5:]          # of the compiled run, before each iteration
     assert second > start and all(n == second for n in later), seen
-    assert second - seen[0] < 16, seen               # one for all layers, or it were twice as many
+    # 15, of PPO 18: one for all layers, or it were nearly twice as many; on CUDA decoding's, too
+    assert second - seen[0] <= 18 + 6 * torch.cuda.is_available(), seen
     for a, b in zip(*figures):
         for key in 'g_norm', 'kl', 'entropy', 'score', 'd_loss', 'mle', 'v_loss', 'pretrain':
             if key in a:
@@ -2591,8 +2592,10 @@ def test_a_second_cycle_compiles_nothing():
     evaluation in two batches of which the last is not full."""
     def compile_all(network):
         for block in network.h:
-            block.compile(backend='eager')
-        network.decode = torch.compile(network.decode, backend='eager')
+            block.compile(backend='eager', dynamic=False)
+        for name in 'decode', 'logprobs_and_entropy':
+            part = torch.compile(getattr(network, name), backend='eager', dynamic=False)
+            setattr(network, name, part)
 
     torch._dynamo.reset()
     seen, evaluate = [], sample.evaluate_run
@@ -2601,7 +2604,7 @@ def test_a_second_cycle_compiles_nothing():
         train(reinforce, folder('cycles'), *SMALL, '--compile', '--n_layer', '2', '--iters', '6',
               '--d_warmup_iters', '0', '--micro_batch', '4')
     assert len(seen) == 3 + 3 + 2                    # at the end, the warm start and the tuned once
-    assert seen[3] < seen[4] == seen[5] == seen[6] < seen[3] + 16, seen
+    assert seen[3] < seen[4] == seen[5] == seen[6] == seen[7] < seen[3] + 16, seen
 
 
 def test_matrices_are_cast_once_a_rollout():
@@ -2648,8 +2651,7 @@ def test_decoding_writes_its_cache_in_place():
         _, code = run_and_get_code(step, torch.ones(B, K).long(), torch.zeros(B).long(), P, R,
                                    cache, torch.ones(1).long())
     code = '\n'.join(code)
-    sizes = [math.prod(map(int, shape.split(','))) for shape in
-             re.findall(r'empty_strided\w*\(\(([\d, ]+?),?\s*\)', code)]
+    sizes = made_by(code)
     assert sizes and max(sizes) < cache[0][0].numel(), sizes
     assert 'aten.index_put.default' not in code and 'aten.index_copy.default' not in code
     assert len(written) == 4 and fixed >= set(written), (written, fixed)
