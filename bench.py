@@ -3,6 +3,7 @@ Speed, side by side in one run: contestants take turns, medians are compared, on
 
 $ python bench.py                             rollouts and a train step
 $ python bench.py --only rollout --dtype bfloat16 --batch 32 --json speed.json
+$ python bench.py --only host --compile       what the host takes to launch a train step
 
 The model is a GPT-2 of random weights; its peer is the same weights in `transformers`, left out
 where that is not installed. A tilted bias makes <|endoftext|> as likely at each token as
@@ -44,13 +45,14 @@ def give_memory_back():
         pass
 
 
-def race(contestants, args):
-    """Seconds of each function by name: the median of `repeats` turns, after a warm-up."""
+def race(contestants, args, alike=False):
+    """Seconds of each function by name: the median of `repeats` turns, after a warm-up. `alike`:
+    the peer, too, runs with the allocator as our scripts set it."""
     seconds = {name: [] for name in contestants}
     for turn in range(args.repeats + 1):
         for name, run in contestants.items():
             torch.manual_seed(turn)
-            keep_freed_memory() if name.startswith('ours') else give_memory_back()
+            keep_freed_memory() if alike or name.startswith('ours') else give_memory_back()
             start = time.perf_counter()
             run()
             if args.device.startswith('cuda'):
@@ -66,7 +68,7 @@ def report(title, seconds, found, tokens=None, limit=None):
     found[title] = {'seconds': seconds, 'ratios': {n: s / ours for n, s in seconds.items()}}
     line = []
     for name, s in seconds.items():
-        line.append(f'{name} {s:.2f} s')
+        line.append(f'{name} {s:.3g} s')
         if tokens and name.startswith('ours'):
             line[-1] += f', {tokens / s:.0f} tokens/s'
         if limit:
@@ -154,13 +156,13 @@ def lean_to_eos(gpt, mean_length):
     return gpt
 
 
-def prompts(n, args, ragged):
+def prompts(n, args, ragged, n_vocab=EOS):
     """Random ids (n, P), left-padded where ragged: lengths as SQuAD's prompts have them."""
     rng = np.random.default_rng(0)
     lengths = np.full(n, args.prompt)
     if ragged:                                       # mean 166 and deviation 59 tokens of 256
         lengths = np.clip(rng.lognormal(5.05, .35, n), 40, args.prompt).astype(int)
-    ids = torch.from_numpy(rng.integers(0, 50000, (n, args.prompt)))
+    ids = torch.from_numpy(rng.integers(0, n_vocab, (n, args.prompt)))
     pad = torch.from_numpy(args.prompt - lengths)
     ids[torch.arange(args.prompt) < pad[:, None]] = EOS
     return ids.to(args.device), pad.to(args.device)
@@ -203,26 +205,29 @@ def bench_rollout(gpt, args, found):
                    *(() if ragged else (B * args.response, rollout_limit(gpt, B // K, K, args))))
 
 
-def bench_train(gpt, args, found):
-    """An Adam step on -log pi of the response, from forward to weights."""
-    B = args.batch[0] // 2
-    ids, pad = prompts(B, args, False)
-    response = torch.randint(0, 50000, (B, args.response), device=args.device)
+def bench_train(gpt, args, found, host=False):
+    """An Adam step on -log pi of the response, from forward to weights, the peer's with all rows at
+    once; `host`: ours so, too, and beside it in two micro-batches."""
+    B, V = args.batch[0] // 2, gpt.config.vocab_size - 1
+    ids, pad = prompts(B, args, False, V)
+    response = torch.randint(0, V, (B, args.response), device=args.device)
     batch = data.Batch(ids, pad, response, torch.ones_like(response).bool())
     labels = torch.cat((torch.full_like(ids, -100), response), 1)
     tokens = torch.cat((ids, response), 1)
-    cfg = reinforce.Config(device=args.device, dtype=args.dtype)
-    peer = twin(gpt, args)
+    peer, runs = twin(gpt, args), {}
 
-    def training(network):
+    def training(network, n):
         optimizer = adamw(network)
+        cfg = reinforce.Config(device=args.device, dtype=args.dtype, micro_batch=n)
 
         def run():
             reinforce.mle_gradient(network, batch, 1.0, cfg)
             update(network, optimizer, 1e-5)
         return run
 
-    runs = {name: training(network) for name, network in ours(gpt, args).items()}
+    for n in (B, B // 2) if host else (args.micro_batch,):
+        for name, network in ours(gpt, args).items():
+            runs[f'{name}, by {n}' if host else name] = training(network, n)
     if peer is not None:
         peer_optimizer = torch.optim.Adam(peer.parameters(), lr=1e-5, fused=True)
 
@@ -234,21 +239,36 @@ def bench_train(gpt, args, found):
             peer_optimizer.step()
             peer_optimizer.zero_grad()
         runs['transformers'] = step
-    report(f'train step {args.dtype}, {B} x ({args.prompt} + {args.response})', race(runs, args),
-           found, B * (args.prompt + args.response), train_limit(gpt, B, args))
+    title = f'{"host of a " * host}train step {args.dtype}, {B} x ({args.prompt} + {args.response})'
+    report(title, race(runs, args, host), found, *(() if host else (
+        B * (args.prompt + args.response), train_limit(gpt, B, args))))
+
+
+def bench_host(gpt, args, found):
+    """A train step of the same depth, by one thread, so small that what is left is the host's time
+    to launch it."""
+    config = GPTConfig(64, 64, args.n_layer, args.n_head, 4 * args.n_head)
+    small = argparse.Namespace(**vars(args) | dict(
+        dtype='float32', batch=[8], prompt=10, response=8, repeats=10 * args.repeats))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    bench_train(GPT(config).to(args.device).eval(), small, found, host=True)
+    torch.set_num_threads(threads)
 
 
 @command_line()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    stations = {'rollout': bench_rollout, 'train': bench_train}
-    parser.add_argument('--only', nargs='+', choices=stations, default=list(stations))
+    stations = {'rollout': bench_rollout, 'train': bench_train, 'host': bench_host}
+    parser.add_argument('--only', nargs='+', choices=stations, default=['rollout', 'train'])
     parser.add_argument('--batch', type=int, nargs='+', default=[16, 32], help='responses (16 32)')
     parser.add_argument('--samples', type=int, default=4, help='K (4)')
     parser.add_argument('--prompt', type=int, default=256, help='P, tokens (256)')
     parser.add_argument('--response', type=int, default=32, help='R, tokens (32)')
     parser.add_argument('--mean_length', type=float, default=4.5, help='of ragged responses (4.5)')
+    parser.add_argument('--micro_batch', type=int, default=0, help='prompts of a backward pass; 0: '
+                        'as in training')
     parser.add_argument('--repeats', type=int, default=3, help='turns that count (3)')
     parser.add_argument('--n_layer', type=int, default=12)
     parser.add_argument('--n_head', type=int, default=12)
@@ -262,7 +282,7 @@ def main(argv=None):
     parser.add_argument('--json', help='file to write')
     args = parse_known(parser, argv)
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not 0 < value < float('inf'):
+        if type(value) in (int, float) and not 0 < (value or name == 'micro_batch') < float('inf'):
             sys.exit(f'--{name} {value}: give a number above 0')
     if any(n < 2 or n % args.samples for n in args.batch):
         sys.exit(f'--batch {args.batch} with --samples {args.samples}: give multiples, at least 2')

@@ -767,10 +767,10 @@ def settings_to_resume(given, Config):
 
 
 def open_device(cfg):
-    """Joins the ranks of torchrun and resolves the device, dtype and compile of a script's Config;
-    returns them as they were, for a run to be resumed elsewhere. Raises a ValueError naming the
-    flag."""
-    given = {name: getattr(cfg, name) for name in ('device', 'dtype', 'compile')}
+    """Joins the ranks of torchrun and resolves device, dtype, compile and micro_batch of a script's
+    Config; returns them as they were, for a run to be resumed elsewhere. Raises a ValueError naming
+    the flag."""
+    given = {name: getattr(cfg, name) for name in ('device', 'dtype', 'compile', 'micro_batch')}
     if cfg.device == 'auto':
         cfg.device = ('cuda' if torch.cuda.is_available() else
                       'mps' if torch.backends.mps.is_available() else 'cpu')
@@ -789,6 +789,8 @@ def open_device(cfg):
         cfg.dtype = 'bfloat16' if fast else 'float32'
     if cfg.compile is None:                          # Windows may have no Triton
         cfg.compile = cuda and importlib.util.find_spec('triton') is not None
+    large = cuda and torch.cuda.mem_get_info(device)[1] > 38 * 2 ** 30       # sold as 40 GB
+    cfg.micro_batch = cfg.micro_batch or (64 if large else 16)
     if 'LOCAL_RANK' in os.environ and not dist.is_initialized():
         dist.init_process_group('nccl' if cuda else 'gloo')
     if not cuda:

@@ -65,7 +65,7 @@ class Config:
     batch_size: int = 64             # prompts of a rollout
     samples: int = 4                 # K, answers to each prompt
     temperature: float = 1.0         # of rollouts, of the policy learned, and of evaluation
-    micro_batch: int = 16            # prompts of one backward pass; lower it to save memory
+    micro_batch: int = 0             # prompts of a backward pass; 0: 64 on a card of 40 GB, else 16
     beta: float = 0.02               # weight of the KL from the warm start, per nat
     anchor: float = 0.03             # weight of MLE on a gold answer, the sum over its tokens
     lr: float = 5e-6                 # peak learning rate of the generator
@@ -93,9 +93,9 @@ TINY = dict(
     samples=4, micro_batch=64, beta=0.0, anchor=0.0, lr=3e-4, d_lr=4e-3,
     d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=1.0, d_dropout=0.0, eval_interval=25,
     eval_prompts=500, minibatch=32, critic_lr=4e-3, pretrain=0.0)
-BOUNDS = dict(seed=(0, 2 ** 32 - 1), sft_iters=(0, None), iters=(0, None), d_warmup_iters=(0, None),
-              d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1), temperature=(.01, 1e9),
-              clip=(.001, 1e9), lam=(0, 1))
+BOUNDS = dict(seed=(0, 2 ** 32 - 1), micro_batch=(0, None), sft_iters=(0, None), iters=(0, None),
+              d_warmup_iters=(0, None), d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1),
+              temperature=(.01, 1e9), clip=(.001, 1e9), lam=(0, 1))
 
 
 def check(cfg):

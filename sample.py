@@ -591,7 +591,7 @@ FLAGS = {  # as argparse takes them
     'top_k': dict(type=int, help='sample among so many tokens; by default among all'),
     'seed': dict(type=int, default=1, help='of the sampling noise'),
     'batch_size': dict(type=int, default=64, help='prompts at a time, those learned from included'),
-    'micro_batch': dict(type=int, default=16, help='of one backward pass; less to save memory'),
+    'micro_batch': dict(type=int, default=0, help='prompts of one backward pass, as in training'),
     'base': dict(type=expanduser, help='what judges and KL start from; else the first file'),
     'test_steps': dict(type=int, default=400, help='of a fresh discriminator; 0 for none'),
     'test_lr': dict(type=float, help='its learning rate, .064 / n_embd'),
@@ -599,7 +599,7 @@ FLAGS = {  # as argparse takes them
     'discriminator': dict(type=expanduser, help='a run, whose discriminator chooses'),
     'dtype': dict(choices=['auto', 'bfloat16', 'float32'], default='auto', help='of activations'),
     'device': dict(default='auto', help='cuda, cuda:1, mps or cpu; auto takes the first there is')}
-LEAST = {'seed': 0, 'test_steps': 0, 'test_lr': 1e-9, 'temperature': .01}    # others': 1
+LEAST = {'seed': 0, 'micro_batch': 0, 'test_steps': 0, 'test_lr': 1e-9, 'temperature': .01}  # or 1
 
 
 @command_line()
