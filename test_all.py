@@ -2549,25 +2549,26 @@ def test_a_step_makes_no_host_wait():
         assert len(seen) >= 4 and all(max(seen[name]) <= most[name] for name in seen), seen
 
 
+def of_many_and_few(gpt, device):
+    """Log-probabilities and entropies of 512 tokens and of 16, whose head is not worth a copy, and
+    the gradient."""
+    torch.manual_seed(0)
+    inputs = torch.randint(0, 13, (64, 5)), torch.arange(64) % 5, torch.randint(0, 13, (64, 2, 4))
+    found = []
+    for n in 64, 2:
+        found += gpt.response_logprobs(*(z[:n].to(device) for z in inputs), entropy=True)
+        (found[-2] * torch.arange(4.).to(device)).sum().backward()
+    return [z.detach().cpu() for z in (*found, *(p.grad for p in gpt.parameters()))]
+
+
 def test_a_large_head_is_padded():
     """On a pretend GPU: products have whole tiles of 64, what comes of them does not change."""
-    gpt, response = tiny_gpt(), torch.randint(0, 13, (64, 2, 4))
-    prompt, pad = torch.randint(0, 13, (64, 5)), torch.arange(64) % 5
-
-    def measured(network, *inputs):
-        for n in 64, 2:                              # the latter is not worth a copy
-            logprobs, entropy = network.response_logprobs(*(z[:n] for z in inputs), entropy=True)
-            (logprobs * torch.arange(4.).to(logprobs.device)).sum().backward()
-            yield from (logprobs.detach(), entropy)
-        yield from (p.grad for p in network.parameters())
-
-    wanted, linear, columns = [*measured(gpt, prompt, pad, response)], F.linear, []
-    gpt.zero_grad()
+    wanted, linear, columns = of_many_and_few(tiny_gpt(), 'cpu'), F.linear, []
     with Gpu(), patched(F, 'linear', lambda x, weight, bias=None: columns.append(
             len(weight)) or linear(x, weight, bias)):
-        got = [*measured(gpt.to('cuda:0'), *(z.to('cuda:0') for z in (prompt, pad, response)))]
+        got = of_many_and_few(tiny_gpt().to('cuda:0'), 'cuda:0')
     assert sorted(n for n in columns if n in (13, 64)) == [13, 64]
-    assert all((a - b.kept).norm() < 1e-5 * a.norm() for a, b in zip(wanted, got, strict=True))
+    assert all((a - b).norm() < 1e-5 * a.norm() for a, b in zip(wanted, got, strict=True))
 
 
 def made_by(code):
@@ -2713,6 +2714,19 @@ def test_cuda_logits_and_tokens_equal_the_cpus():
             print('#', turn, graphs(), len(recorded))
     assert (graphs(), len(recorded)) == before and recorded
     assert not graphs('inductor', 'cudagraph_skips')         # of which inductor says nothing
+
+
+def test_cuda_large_head_equals_the_cpus():
+    """Padded, eager and in a compiled loss."""
+    needs_a_gpu()
+    torch.set_float32_matmul_precision('highest')
+    wanted = of_many_and_few(tiny_gpt(**SIZE), 'cpu')
+    for compiled in False, True:
+        gpt = tiny_gpt(**SIZE).to(CUDA)
+        if compiled:
+            gpt.compile()
+        got = of_many_and_few(gpt, CUDA)
+        assert all((a - b).norm() < 1e-4 * a.norm() for a, b in zip(wanted, got, strict=True))
 
 
 def test_cuda_token_loop_does_not_wait():
