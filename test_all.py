@@ -1736,60 +1736,29 @@ def test_a_number_that_is_not_finite_ends_the_run():
         train(script, out, '--resume', flag, .001)
 
 
-def fuzz(path, read, spoil):
-    """A file with bytes flipped, cut out, put in or cut off, or as `spoil` writes it: nothing but a
-    result or one sentence may come of it. Most have to be refused."""
-    raw, rng, refused = path.read_bytes(), random.Random(0), []
-    read()
-    for turn in range(225):
-        spoilt = bytearray(raw)
-        for _ in range(rng.randint(1, 3)):
-            at = rng.randint(0, len(spoilt))
-            flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in spoilt[at:at + 1])
-            n, new = rng.choice([(1, flipped), (rng.randint(1, 40), b''),
-                                 (0, rng.randbytes(rng.randint(1, 8))), (len(raw), b'')])
-            spoilt[at:at + n] = new
-        path.write_bytes(spoilt)
-        if turn >= 150:
-            spoil(rng)
-        try:
-            read()
-        except (ValueError, FileNotFoundError) as e:
-            assert str(path) in str(e) and '\n' not in str(e), repr(e)
-            refused.append(turn >= 150)
-    assert len(refused) > 112 and sum(refused) > 37, (len(refused), sum(refused))
-
-
 def test_damaged_checkpoints_are_one_sentence():
-    """Bytes, and weights lost, renamed, of another shape or type, too many, or an odd setting."""
-    at, gpt = folder('damaged checkpoints'), tiny_gpt(vocab_size=11, n_layer=1)
+    """With bytes flipped, cut out, put in or cut off: a network, or one sentence; mostly that."""
+    at, gpt, rng = folder('damaged'), tiny_gpt(vocab_size=11, n_layer=1), random.Random(0)
     gpt.save_pretrained(at)
-
-    def ours(weights, config):
-        save_checkpoint(at / 'ckpt.pt', {'model': weights, 'gpt_config': config})
-
-    def openai(weights, config):
-        (at / 'config.json').write_text(json.dumps(config))
-        model.save_file(weights, at / 'model.safetensors')
-
-    for name, write, good, settings in (
-            ('ckpt.pt', ours, gpt.state_dict(), asdict(gpt.config)),
-            ('model.safetensors', openai, model.load_file(at / 'model.safetensors'),
-             json.loads((at / 'config.json').read_text()))):
-        def spoil(rng, write=write, good=good, settings=settings):
-            one, weights, config = rng.choice(sorted(good)), {**good}, {**settings}
-            odd = rng.choice(['h.', 'h.x.y', 'wte', 'h.7.ln_1.bias', '', 'é'])
-            shape = [rng.randrange(5) for _ in range(rng.randrange(4))]
-            if rng.random() < .25:
-                config[rng.choice([*config, 'more'])] = rng.choice([None, -2, 0, 3, 'x', 10 ** 9])
-            else:
-                tensor = weights.pop(one)
-                weights |= rng.choice([{}, {odd: tensor}, {one: torch.zeros(shape)},
-                                       {one: tensor.long()}, {one: tensor, odd: torch.ones(2)}])
-            write(weights, config)
-
-        write(good, settings)
-        fuzz(at / name, lambda name=name: GPT.from_pretrained(at / name), spoil)
+    save_checkpoint(at / 'ckpt.pt', {'model': gpt.state_dict(), 'gpt_config': asdict(gpt.config)})
+    for path in at / 'ckpt.pt', at / 'model.safetensors':
+        raw, refused = path.read_bytes(), 0
+        for _ in range(150):
+            spoilt = bytearray(raw)
+            for _ in range(rng.randint(1, 3)):
+                i = rng.randint(0, len(spoilt))
+                flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in spoilt[i:i + 1])
+                n, new = rng.choice([(1, flipped), (rng.randint(1, 40), b''),
+                                     (0, rng.randbytes(rng.randint(1, 8))), (len(raw), b'')])
+                spoilt[i:i + n] = new
+            path.write_bytes(spoilt)
+            try:
+                GPT.from_pretrained(path)
+            except (ValueError, FileNotFoundError) as e:
+                assert str(path) in str(e) and '\n' not in str(e), repr(e)
+                refused += 1
+        path.write_bytes(raw)
+        assert refused > 75 and GPT.from_pretrained(path), refused
 
 
 def steps_of_all_scripts(**where):
