@@ -2261,20 +2261,6 @@ def test_forks_and_controls_of_the_pages():
         assert one.replace('return ', 'return -', 1) == other and all(a == b for a, b in pairs)
 
 
-def test_more_mle_takes_the_time_of_a_run():
-    """By the line of RESULTS.md; the records of a warm start have their time."""
-    at, sft = folder('steps'), small_run(reinforce, '--iters', 0)
-    lines = [{'config': {}}, {'iter': 0, 'dev': {}}, {'sft_iter': 0, 'seconds': {'mle': 9.}}]
-    lines += 2 * [{'sft_iter': 1, 'seconds': {'mle': .1}}]
-    lines += 4 * [{'iter': 0, 'seconds': {'rollout': .7, 'generator': .3}}]
-    (at / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in lines))
-    steps = re.search(r'steps\(\) .*?; }\n', (HERE / 'assets/RESULTS.md').read_text(), re.S)[0]
-    env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    out = subprocess.run(['bash', '-c', f'{steps} steps {at} {at}; steps {at} {sft}'], cwd=HERE,
-                         env=env, capture_output=True, text=True).stdout.split()
-    assert out[0] == '40' and int(out[1]) > 0, out
-
-
 def test_no_drift():
     """Functions and flags of a name are one text in all scripts; `train` has the same stations."""
     banners = ['config', 'losses', 'scores and rewards', 'training']
