@@ -2252,13 +2252,46 @@ def test_forks_and_controls_of_the_pages():
         assert rewards.count_nonzero(-1).max() == 1
         assert all(text != said or abs(r - 1) < 1e-6 for text, said, r in
                    zip(texts, np.repeat(gold, 2), rewards.sum(-1).flatten()))
-    turns = re.findall(r"sed '(.*?)' (\S+)", pages[1])
-    for turn, name in zip([turns[0], turns[0], turns[1]], ('reinforce', 'ppo', 'gumbel')):
-        file = HERE / f'{name}.py'
-        turned = subprocess.run(['sed', turn[0], file], capture_output=True, text=True).stdout
-        pairs = zip(file.read_text().splitlines(), turned.splitlines(), strict=True)
-        one, other = next(pair for pair in pairs if pair[0] != pair[1])      # one line of them
-        assert one.replace('return ', 'return -', 1) == other and all(a == b for a, b in pairs)
+    edits = re.findall(r"""sed (['"])(.*)\1 (\S+) > """, pages[1])
+    for _, edit, file in edits:                      # each takes one line, and turns it round
+        text = (HERE / {'gumbel.py': file}.get(file, 'reinforce.py')).read_text()
+        edited = subprocess.run(['sed', edit], input=text, capture_output=True, text=True).stdout
+        (old, *more), new = ([*{*a.splitlines()} - {*b.splitlines()}]
+                             for a, b in ((text, edited), (edited, text)))
+        turned = [old.replace('return ', 'return -', 1)]
+        assert not more and len(new) <= 1 and ('return' not in edit or new == turned), edit
+    assert len(edits) == 5
+
+
+def test_figures_of_the_pages_are_those_of_their_files():
+    """Each table of RESULTS.md is `--table` of a JSON, but for columns left out, README's rows, and
+    what has a ± in either text, are of these; README begins with the end of a run."""
+    def rows(table):                                 # {label: {header: cell}}
+        head, _, *lines = (re.split(r' ?(?<!\\)\| ?', row)[1:-1] for row in table.splitlines())
+        return {name: dict(zip(head[1:], cells, strict=True)) for name, *cells in lines}
+
+    assets, kept = HERE / 'assets', []
+    readme, results = (HERE / 'README.md').read_text(), (assets / 'RESULTS.md').read_text()
+    texts, shown = ([*map(rows, re.findall(r'(?:^\|.*\n)+', page, re.M))]
+                    for page in (readme, results))
+    for path in sorted(assets.glob('*.json')):
+        if not path.stem.startswith('speed'):
+            made = rows(printed('--table', path))
+            table, = (table for table in shown if [*table] == [*made])       # all rows, in order
+            for name, row in table.items():
+                assert row.items() <= made[name].items(), (path, name, made[name])
+            kept += table.values()
+    assert len(kept) == sum(map(len, shown))         # no table without a file
+    for name, row in (pair for table in texts for pair in table.items()):
+        assert 'ratio' in row or any(row.items() <= one.items() for one in kept), name
+    cells = {cell for row in kept for cell in row.values()}
+    assert {*re.findall(r'-?[\d.]+ ± [\d.]*\d', readme + results)} <= cells
+    last = json.loads((assets / 'toy/reinforce-1.jsonl').read_text().splitlines()[-1])['final']
+    keys = 'em', 'f1', 'sample_f1', 'reward', 'd_acc', 'tie_rate', 'distinct2'
+    for name, f in last.items():
+        assert name.ljust(12) + ''.join(f'{f[k]:12.3f}' for k in keys) + '\n' in readme, name
+    for path in assets.rglob('*.*'):                 # none that no page names
+        assert re.sub(r'-\d\.jsonl', '-', path.name) in readme + results, path
 
 
 def test_no_drift():
