@@ -2253,8 +2253,9 @@ def test_forks_and_controls_of_the_pages():
         assert all(text != said or abs(r - 1) < 1e-6 for text, said, r in
                    zip(texts, np.repeat(gold, 2), rewards.sum(-1).flatten()))
     edits = re.findall(r"""sed (['"])(.*)\1 (\S+) > """, pages[1])
-    for _, edit, file in edits:                      # each takes one line, and turns it round
-        text = (HERE / {'gumbel.py': file}.get(file, 'reinforce.py')).read_text()
+    for _, edit, file in edits:                      # each takes one line; a `return`, to turn it
+        # few.py is reinforce.py by then, and $1 either
+        text = (HERE / (file if file == 'gumbel.py' else 'reinforce.py')).read_text()
         edited = subprocess.run(['sed', edit], input=text, capture_output=True, text=True).stdout
         (old, *more), new = ([*{*a.splitlines()} - {*b.splitlines()}]
                              for a, b in ((text, edited), (edited, text)))
@@ -2272,7 +2273,7 @@ def test_figures_of_the_pages_are_those_of_their_files():
 
     assets, kept = HERE / 'assets', []
     readme, results = (HERE / 'README.md').read_text(), (assets / 'RESULTS.md').read_text()
-    texts, shown = ([*map(rows, re.findall(r'(?:^\|.*\n)+', page, re.M))]
+    first, shown = ([*map(rows, re.findall(r'(?:^\|.*\n)+', page, re.M))]
                     for page in (readme, results))
     for path in sorted(assets.glob('*.json')):
         if not path.stem.startswith('speed'):
@@ -2282,7 +2283,7 @@ def test_figures_of_the_pages_are_those_of_their_files():
                 assert row.items() <= made[name].items(), (path, name, made[name])
             kept += table.values()
     assert len(kept) == sum(map(len, shown))         # no table without a file
-    for name, row in (pair for table in texts for pair in table.items()):
+    for name, row in (pair for table in first for pair in table.items()):
         assert 'ratio' in row or any(row.items() <= one.items() for one in kept), name
     cells = {cell for row in kept for cell in row.values()}
     assert {*re.findall(r'-?[\d.]+ ± [\d.]*\d', readme + results)} <= cells
