@@ -145,8 +145,8 @@ def examine(generator, split, enc, temperature, args):
     texts = data.to_text(response, mask, enc)
     sampled = data.score_answers(texts, split.examples)
     figures = data.score_answers(greedy, split.examples) | {
+        f'sample_{key}': value for key, value in sampled.items()} | {
         'loss': gold_loss(generator, split, args),
-        'sample_f1': sampled['f1'], 'sample_unanswerable': sampled['unanswerable'],
         'length': mask.sum(1).float().mean().item(), 'distinct2': data.distinct(response, mask, 2)}
     return figures, texts, response, mask
 
@@ -447,6 +447,12 @@ def write_json(path, value):
 # -----------------------------------------------------------------------------
 # tables and curves
 
+COLUMNS = {'EM': 'em', 'F1': 'f1', 'F1, HasAns': 'has_f1', 'F1, NoAns': 'no_f1',
+           'F1 sampled': 'sample_f1', 'F1 sampled, HasAns': 'sample_has_f1',
+           'F1 sampled, NoAns': 'sample_no_f1', 'unanswerable %': 'unanswerable',
+           'sampled unanswerable %': 'sample_unanswerable'}
+
+
 def row_of(f):
     """Columns for what `judge` found, or for the end of a run, NaN if not known; 'of all' counts a
     tie as a half."""
@@ -454,12 +460,10 @@ def row_of(f):
         return row_of_run(f['run'])
     fresh, ties = f['fresh'], 100 * f['fresh']['ties'] / f['prompts']
     right = 100 * fresh['accuracy'] if fresh.get('judges', True) else np.nan
-    row = {'EM': f['em'], 'F1': f['f1'], 'F1 sampled': f['sample_f1'],
-           'unanswerable %': f.get('unanswerable', np.nan),
-           'sampled unanswerable %': f.get('sample_unanswerable', np.nan), 'told apart %': right,
-           'of all %': right + ties / 100 * (50 - right), 'ties %': ties,
-           'distinct-2': f['distinct2'], 'length dist.': f['length_distance'],
-           'KL': f['kl'], 'perplexity': f['perplexity']}
+    row = {header: f.get(key, np.nan) for header, key in COLUMNS.items()} | {
+        'told apart %': right, 'of all %': right + ties / 100 * (50 - right), 'ties %': ties,
+        'distinct-2': f['distinct2'], 'length dist.': f['length_distance'], 'KL': f['kl'],
+        'perplexity': f['perplexity']}
     best = {'chosen': 'F1 chosen', 'any': 'F1 of any', 'possible': 'F1 possible'}
     for key, name in best.items() if 'best_of' in f else []:
         row |= {name + group: f['best_of'][key].get(kind + 'f1', np.nan) for kind, group in
@@ -469,9 +473,8 @@ def row_of(f):
 
 def row_of_run(last):
     """Columns for the last values of a run: its evaluation, and whether a collapse ended it."""
-    keys = {'EM': 'em', 'F1': 'f1', 'F1 sampled': 'sample_f1', 'unanswerable %': 'unanswerable',
-            'distinct-2': 'distinct2'}
-    row = {header: last.get('dev', {}).get(key, np.nan) for header, key in keys.items()}
+    row = {header: last.get('dev', {}).get(key, np.nan)
+           for header, key in (COLUMNS | {'distinct-2': 'distinct2'}).items()}
     return row | {'longest run': last.get('longest_run', np.nan),
                   'stopped at': str(last['iter']) if 'collapsed' in last else '',
                   'answers like': f'`{last["collapsed"] or " "}`' if 'collapsed' in last else ''}
@@ -520,39 +523,49 @@ def table(args):
         print('| ' + ' | '.join([in_cell(label), *cells]) + ' |')
 
 
-PANELS = {  # title: value of a record, None where it has none
-    'reward on dev (mean margin)': lambda r: r.get('dev', {}).get('reward'),
-    'discriminator loss (nats)': lambda r: r.get('d_loss'),
-    'pairs told apart (running mean)': lambda r: r.get('d_acc_mean'),
-    'KL from the warm start (nats/token)': lambda r: r.get('kl'),
-    'F1 on dev (%)': lambda r: r.get('dev', {}).get('f1'),
-    'F1 of sampled answers (%)': lambda r: r.get('dev', {}).get('sample_f1'),
-    'distinct-2 of sampled answers': lambda r: r.get('dev', {}).get('distinct2'),
-    'longest run of a token': lambda r: r.get('longest_run')}
+PANELS = {  # by what numbers a record: title, and key of a record or, after dev, of its evaluation
+    'iter': {
+        'reward on dev (mean margin)': 'dev reward', 'discriminator loss (nats)': 'd_loss',
+        'pairs told apart (running mean)': 'd_acc_mean',
+        'KL from the warm start (nats/token)': 'kl', 'F1 on dev (%)': 'dev f1',
+        'F1 of sampled answers (%)': 'dev sample_f1',
+        'distinct-2 of sampled answers': 'dev distinct2', 'longest run of a token': 'longest_run'},
+    'sft_iter': {
+        'loss on dev (nats/token)': 'dev loss', 'EM on dev (%)': 'dev em',
+        'F1 on dev (%)': 'dev f1', 'F1 of sampled answers (%)': 'dev sample_f1',
+        'F1 of answerable questions (%)': 'dev has_f1',
+        'F1 of unanswerable questions (%)': 'dev no_f1',
+        'share of unanswerable (%)': 'dev unanswerable',
+        'distinct-2 of sampled answers': 'dev distinct2'}}
 STYLES = '-', '--', ':', '-.'        # of as many runs as there are colours, each
 COLOURS = '#4c8dd6 #e0823d #3fa66a #b565c9 #d1555b #8f8a2f #30a5b5 #9a7b5f #d66fa6'.split()
 
 
-def windows(records, value):
-    """Iterations at which a run has a value, and the values, as means of at most 60 windows."""
-    points = [(r['iter'], value(r)) for r in records if 'iter' in r and value(r) is not None]
+def windows(records, number, key):
+    """Numbers, of iterations or of steps of the warm start, at which a run has a value of a key of
+    PANELS, and the values, as means of at most 60 windows."""
+    flat = [r | {f'dev {k}': v for k, v in r.get('dev', {}).items()} for r in records]
+    points = [(r[number], r[key]) for r in flat if number in r and r.get(key) is not None]
     size = max(1, -(-len(points) // 60))
     return np.reshape([np.mean(points[k:k + size], 0) for k in range(0, len(points), size)],
                       (-1, 2)).T
 
 
 def draw(groups, out):
-    """A PNG of runs, lists of records, by name; those of a name look alike. Dotted, upright: where
-    the generator begins to move."""
+    """A PNG of runs, lists of records, by name; those of a name look alike. Of iterations, with a
+    dotted line where the generator begins to move; of the warm starts if there is no other yet."""
     from matplotlib.figure import Figure             # here, for it takes half a second
     figure, grey = Figure((15, 6.2), facecolor='none', layout='constrained'), '#858c95'
     looks = [(style, hue) for style in STYLES for hue in COLOURS]
     axes = figure.subplots(2, 4, sharex=True)
-    for ax, (title, value) in zip(axes.flat, PANELS.items()):
+    every = [r for runs in groups.values() for run in runs for r in run]
+    warm = any('sft_iter' in r for r in every) and not any(r.get('iter') for r in every)
+    number, axis = ('sft_iter', 'MLE step') if warm else ('iter', 'iteration')
+    for ax, (title, key) in zip(axes.flat, PANELS[number].items()):
         for (style, hue), (name, runs) in zip(looks * len(groups), groups.items()):
             label = ' ' + name.replace('$', r'\$')       # with a _ first it would not be shown
             for records in runs:
-                at, values = windows(records, value)
+                at, values = windows(records, number, key)
                 ax.plot(at, values, color=hue, ls=style, lw=1.4, ms=5, label=label,
                         marker='o' * (len(at) == 1))
                 label = '_'
@@ -561,7 +574,7 @@ def draw(groups, out):
                     ax.axvline(begin, color=hue, lw=1, ls=':')
         ax.set_visible(any(len(line.get_xdata()) for line in ax.lines))
         ax.set_title(title, color=grey, fontsize=11)
-        ax.set_xlabel('iteration' * (ax in axes[1]), color=grey, fontsize=9)
+        ax.set_xlabel(axis * (ax in axes[1]), color=grey, fontsize=9)
         ax.set_facecolor('none')
         ax.tick_params(colors=grey, labelsize=9, labelbottom=True)
         ax.spines[:].set_color(grey)

@@ -1322,7 +1322,7 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     text = printed('--compare', f'one={base}', runs[1] / 'ckpt.pt', '--prompts', 3)
     assert text.count('question  ') == text.count('one ') == 3
     at, values = sample.windows([{'iter': i, 'kl': float(i)} for i in range(295)] + [{'iter': 7}],
-                                sample.PANELS['KL from the warm start (nats/token)'])
+                                'iter', 'kl')
     assert [*at[[0, -1]]] == [2, 292] and [*values] == [*at] and len(at) == 59   # of 5 each
 
 
@@ -1342,7 +1342,7 @@ def test_a_network_that_diverged_is_judged_beside_others():
         found = json.loads((at / name).read_text(), parse_constant=int)['results']
         assert found['b|d\n'][0]['perplexity'] is None and found['good'] == found['last']
     good, bad, worse, last = text.splitlines()[2:]
-    assert bad.startswith(r'| b\|d | ') and bad.endswith('| – |') and last.count('|') == 14
+    assert bad.startswith(r'| b\|d | ') and bad.endswith('| – |') and last.count('|') == 18
     assert re.fullmatch(r'.* \d\.\d\de\+\d\d \|', worse), worse
     few = dict(judges=[.5], accuracy=.5, low=0., high=1., pairs=300, ties=0)
     for groups, said in (9, True), (10, False):
@@ -1370,6 +1370,12 @@ def test_curves_have_a_name_and_a_look_each():
     assert len(drawn[1].legends[0].get_texts()) == 1
     assert [ax.get_xlabel() for ax in axes] == 4 * [''] + 4 * ['iteration']
     assert len({ax.get_xlim() for ax in axes}) == 1
+    run = [{'sft_iter': i, 'dev': {'loss': 2. - i}} for i in (0, 1)] + [{'iter': 0, 'dev': {}}]
+    with patched(Figure, 'savefig', lambda self, *a, **k: drawn.append(self)):
+        sample.draw({'warm start': [run]}, folder('looks') / 'x.png')
+    at, values = drawn[2].axes[0].lines[0].get_data()
+    assert drawn[2].axes[0].get_title() == 'loss on dev (nats/token)'
+    assert [*at] == [0, 1] and [*values] == [2, 1]
     assert [[*z.get_xdata()] for z in axes[1].lines] == 2 * [[3, 4], [5, 5]]     # a curve, the mark
 
 
