@@ -1302,6 +1302,10 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     assert len(rows) == 2 and all(r.count('|') == head.count('|') == rule.count('|') for r in rows)
     ems = [results['tuned'][0]['em'] for results in found]
     assert rows[1].startswith(f'| tuned | {np.mean(ems):.1f} ± {np.std(ems, ddof=1):.1f} |'), rows
+    for header, key in ('F1, HasAns', 'has_f1'), ('F1 sampled, NoAns', 'sample_no_f1'):
+        found_f1 = [results['tuned'][0][key] for results in found]
+        want = f'{np.mean(found_f1):.1f} ± {np.std(found_f1, ddof=1):.1f}'
+        assert rows[1].split(' | ')[head.split(' | ').index(header)] == want, (header, rows)
     column = head.split(' | ').index('told apart %')
     assert rows[1].split(' | ')[column] == '–'                               # of 40 pairs at most
     for file, results in zip(files, found):                                  # as if of more
@@ -2259,8 +2263,7 @@ def test_forks_and_controls_of_the_pages():
         assert all(text != said or abs(r - 1) < 1e-6 for text, said, r in
                    zip(texts, np.repeat(gold, 2), rewards.sum(-1).flatten()))
     edits = re.findall(r"""sed (['"])(.*)\1 (\S+) > """, pages[1])
-    for _, edit, file in edits:                      # each takes one line; a `return`, to turn it
-        # few.py is reinforce.py by then, and $1 either
+    for _, edit, file in edits:                      # each one line; few.py is reinforce.py but one
         text = (HERE / (file if file == 'gumbel.py' else 'reinforce.py')).read_text()
         edited = subprocess.run(['sed', edit], input=text, capture_output=True, text=True).stdout
         (old, *more), new = ([*{*a.splitlines()} - {*b.splitlines()}]
