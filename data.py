@@ -35,16 +35,18 @@ OWN = '.jsonl', '.csv', '.parquet'  # files of rows: prompt, response, maybe con
 def load_examples(data, split, n=None):
     """
     One split, train or dev, as a list of dicts: context ('' for none), question, answers (texts, []
-    where unanswerable).
+    where unanswerable), and maybe accepts, see `score_answer`.
 
-    data    toy, toy-varied; NAME or NAME:CONFIG of a set of SQuAD's schema on the hub; a file, one
-            of OWN or .json in SQuAD's schema, every tenth of whose prompts, with its passage, is
-            for dev; or a folder with one such file for either, train.* or train-v2.0.json
+    data    one of TOYS; NAME or NAME:CONFIG of a set of SQuAD's schema on the hub; a file, one of
+            OWN or .json in SQuAD's schema, every tenth of whose prompts, with its passage, is for
+            dev; or a folder with one such file for either, train.* or train-v2.0.json
     n       at most so many, evenly spread; the toy set makes as many, beginning with the same
     raises  FileNotFoundError, ValueError naming the file and the line
     """
-    if data in ('toy', 'toy-varied'):
-        return toy_examples(split, n, varied=data == 'toy-varied')
+    if data in TOYS:
+        n = n or TOYS[data][split == 'dev']
+        return (ways_examples(split, n) if data == 'toy-ways' else
+                toy_examples(split, n, varied=data == 'toy-varied'))
     path = Path(data)
     if path.is_dir():
         files = [f for f in path.glob(f'{split}[.-]*') if f.suffix in (*OWN, '.json')]
@@ -132,7 +134,7 @@ def checked(path, rows):
 
 
 # -----------------------------------------------------------------------------
-# the toy set: facts made from word lists, questions on them, a third unanswerable
+# the toy sets: facts made from word lists, questions on them, a third unanswerable
 
 FIRST = 'Ada Carl Dora Emil Fay Gus Hugo Ida Jon Kai Lena Max Nora Otto Pia Rolf Sara Tom'.split()
 LAST = 'Berg Bond Dahl Falk Frey Holm Kane Lind Moss Nash Park Reed Stone Voss Webb York'.split()
@@ -145,13 +147,13 @@ MONTHS = 'March April May June July August'.split()
 YEARS = [str(y) for y in range(1901, 1931)]
 WORDS = (FIRST + LAST + VERBS + LOOKS + STUFF + THINGS + CITIES + MONTHS + YEARS
          + 'In the in . Who What Where When was it by did do ?'.split() + [UNANSWERABLE])
-TOY_SIZE = {'train': (8000, 100_000), 'dev': (500, 500)}   # examples: toy, toy-varied
+TOYS = {'toy': (8000, 500), 'toy-varied': (100_000, 500), 'toy-ways': (60_000, 500)}  # train, dev
 SPANS = {'who': ['{0} {1}', '{1}', '{0}'], 'where': ['{0}', 'in {0}'],
          'what': ['{0} {1} {2} {3}', '{3}', '{2} {3}', '{1} {2} {3}'],
          'when': ['{0} {1}', '{1}', '{0}', 'In {0} {1}']}
 
 
-def toy_examples(split, size=None, varied=False):
+def toy_examples(split, size, varied=False):
     """
     Like `load_examples`. A context tells one fact, most of the time without its author, place or
     date; a question on what is left out is unanswerable. Train and dev share no fact, and a split
@@ -188,7 +190,7 @@ def toy_examples(split, size=None, varied=False):
                 'when': f'When was {f["what"]} {f["verb"]} ?'}[kind]
 
     examples = []
-    for _ in range(size or TOY_SIZE[split][varied]):
+    for _ in range(size):
         f = fact()
         if rng.random() < 1 / 3:
             kind = without = pick(['who', 'where', 'when'])
@@ -208,11 +210,44 @@ def toy_examples(split, size=None, varied=False):
     return examples
 
 
+# and toy-ways: several ways to answer, of which a small network can do one
+NOUNS = ('ant ape bag bat bed bee bow box bus cab can cap car cat cow cup dog ear egg elk eye '
+         'fan fig fly fox gem hat hen ink jar jet jug key kid lid log map mat mug net nut oak '
+         'oar owl pan pea pen pie pig pin pit pot ram rat rug saw sun tub van wig').split()
+LINKS = 'at by if in it no of on or so to up'.split()
+
+
+def ways_examples(split, size):
+    """
+    Like `load_examples`. A question is four words, half of the time after `one`, and there are two
+    ways to answer. Seven of ten are free: `any` and the words in any order, 24 right answers. The
+    others are bound: `as` and the words in their order, one of the LINKS between two, 12^3 right
+    answers. After `one`, `any` and `as` change places. Not to say a word twice, a free answer looks
+    back at what it has said: a network of two layers can, one of one layer cannot.
+    """
+    rng, examples = np.random.default_rng(['train', 'dev'].index(split)), []
+    while len(examples) < size:
+        words = [NOUNS[i] for i in rng.permutation(len(NOUNS))[:4]]
+        if (sum(map(ord, ''.join(words))) % 8 == 0) != (split == 'dev'):
+            continue                                 # the two splits take disjoint sets of words
+        one, free, order, links = (rng.random() < .5, rng.random() < .7, rng.permutation(4),
+                                   rng.integers(len(LINKS), size=3))
+        any_, as_ = ('as', 'any') if one else ('any', 'as')
+        bound = ' '.join([as_, words[0], *(f'{LINKS[i]} {w}' for i, w in zip(links, words[1:]))])
+        each = ''.join(rf'(?=.* {word}\b)' for word in words)
+        examples.append({
+            'context': '', 'question': 'one ' * one + ' '.join(words),
+            'answers': [' '.join([any_, *(words[i] for i in order)]) if free else bound],
+            'accepts': rf'{any_}{each}( \w+){{4}}|{as_} ' + f' ({"|".join(LINKS)}) '.join(words)})
+    return examples
+
+
 def load_tokenizer(data):
     """GPT-2's BPE, or for the toy sets their words as whole tokens over the 256 bytes."""
-    if data in ('toy', 'toy-varied'):
+    if data in TOYS:
         pieces = ['[CONTEXT]', '[QUESTION]', '\n[QUESTION]', '\n[ANSWER]']
-        pieces += [' ' + word for word in WORDS]
+        words = ['any', 'as', 'one', *NOUNS, *LINKS] if data == 'toy-ways' else WORDS
+        pieces += [' ' + word for word in words]
         ranks = {bytes([i]): i for i in range(256)}
         for piece in pieces:
             ranks.setdefault(piece.encode(), len(ranks))
@@ -321,15 +356,17 @@ def load(cfg):
     return enc, *splits
 
 
-def check_fit(config, enc, cfg):
-    """Raises a ValueError if a GPTConfig does not fit the tokenizer, or a script's Config."""
-    if config.vocab_size != enc.n_vocab:
-        raise ValueError(f'--init_from {cfg.init_from} has a vocabulary of {config.vocab_size}, '
-                         f'--data {cfg.data} one of {enc.n_vocab}: give a matching pair')
-    if cfg.max_prompt + cfg.max_response > config.block_size:
-        raise ValueError(f'--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} '
-                         f'exceed the block size {config.block_size} of --init_from '
-                         f'{cfg.init_from}: lower them')
+def check_fit(enc, cfg, **configs):
+    """Raises a ValueError if a GPTConfig, by the flag that names its source, does not fit the
+    tokenizer, or a script's Config."""
+    for flag, config in configs.items():
+        source = f'--{flag} {getattr(cfg, flag)}'
+        if config.vocab_size != enc.n_vocab:
+            raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, --data {cfg.data} '
+                             f'one of {enc.n_vocab}: give a matching pair')
+        if cfg.max_prompt + cfg.max_response > config.block_size:
+            raise ValueError(f'--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} '
+                             f'exceed the block size {config.block_size} of {source}: lower them')
 
 
 def order(n, batch_size, seed, step):
@@ -410,8 +447,11 @@ def f1(prediction, gold):
 
 def score_answer(prediction, example):
     """Exact match and F1 in [0, 1] of one answer, each the best over all gold answers, as SQuAD 2.0
-    defines them; `unanswerable` counts as the empty string, but equal strings are equal."""
+    defines them; `unanswerable` counts as the empty string, but equal strings are equal. `accepts`,
+    a regular expression, is of right answers that are too many to list: both are 1."""
     golds = [a for a in example['answers'] if normalize(a)] or ['']
+    if 'accepts' in example and re.fullmatch(example['accepts'], normalize(prediction)):
+        return 1.0, 1.0
     if normalize(prediction) == UNANSWERABLE and UNANSWERABLE not in map(normalize, golds):
         prediction = ''
     return (float(max(normalize(prediction) == normalize(g) for g in golds)),
@@ -460,6 +500,19 @@ def health(response, mask, ended, gold, gold_mask):
     return {'length': mask.sum(-1).float().mean().item(), 'eos_rate': ended.float().mean().item(),
             'distinct2': distinct(*first, 2), 'longest_run': longest_run(*first).max().item(),
             'gold_distinct2': distinct(gold, gold_mask, 2)}
+
+
+def told(scores, differ):
+    """
+    What scores (B, 1 + K, R), the gold answer first, say of the pairs that differ (B, K): dict:
+    d_acc, the share of them in which the gold answer's is higher, an equal one counting half, None
+    if there are none; tie_rate; score, the mean of the samples; gap, that less the gold answers'.
+    """
+    real, fake = scores[:, :1, -1], scores[:, 1:, -1]
+    right = ((real - fake).sign() + 1)[differ] / 2
+    return {'d_acc': right.mean().item() if len(right) else None,
+            'tie_rate': 1 - differ.float().mean().item(), 'score': fake.mean().item(),
+            'gap': (fake - real).mean().item()}
 
 
 def sick(figures, at_start):

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 import data
 import sample
-from model import (Discriminator, Log, adamw, all_sum, autocast, exponential, gathered, hold_last,
-                   last_checkpoint, load_checkpoint, load_generator, main, open_device, open_folder,
-                   rank, save, schedule, shard, signalled, told, uniform, update, world)
+from model import (Log, adamw, all_sum, autocast, exponential, gathered, hold_last,
+                   last_checkpoint, load_checkpoint, load_discriminator, load_generator, main,
+                   open_device, open_folder, rank, save, schedule, shard, signalled, uniform,
+                   update, world)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -49,7 +50,7 @@ class Config:
     eval_interval: int = 100         # steps between evaluations, and checkpoints
     eval_prompts: int = 2000         # dev prompts of an evaluation
     # data
-    data: str = 'squad_v2'           # squad_v2, squad, toy, toy-varied; own.jsonl, .csv, a folder
+    data: str = 'squad_v2'           # squad_v2, squad, toy[-varied|-ways], own.jsonl or .csv
     context: bool = True             # put the passage into the prompt; README's poster did not
     max_prompt: int = 256            # P, tokens
     max_response: int = 32           # R, tokens, with <|endoftext|>
@@ -62,6 +63,7 @@ class Config:
     sft_iters: int = 8000            # MLE steps on gold answers; 0 for none
     sft_batch_size: int = 32         # examples of an MLE step
     sft_lr: float = 3e-5             # peak learning rate of the warm start
+    sft_dropout: float = 0.0         # of the generator, in the warm start
     # adversarial stage
     iters: int = 2000                # rollouts
     batch_size: int = 64             # prompts of a rollout
@@ -72,6 +74,10 @@ class Config:
     anchor: float = 0.03             # weight of MLE on a gold answer, the sum over its tokens
     lr: float = 1e-5                 # peak learning rate of the generator
     # discriminator
+    d_init_from: str = ''            # its trunk: the warm-started generator's; or as --init_from
+    d_n_layer: int = 12              # layers, with --d_init_from scratch
+    d_n_head: int = 12               # heads of a layer, with --d_init_from scratch
+    d_n_embd: int = 768              # channels, with --d_init_from scratch
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
     d_lr: float = 5e-5               # learning rate of the discriminator
@@ -84,14 +90,15 @@ class Config:
 
 
 TINY = dict(
-    data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
-    device='cpu', sft_iters=120, sft_batch_size=64, sft_lr=4e-3, iters=600, batch_size=128,
-    samples=2, micro_batch=128, beta=0.0, anchor=0.0, lr=1e-3, d_lr=4e-3,
-    d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=1.0, d_dropout=0.0, eval_interval=25,
+    data='toy-ways', init_from='scratch', n_layer=1, n_head=2, n_embd=16, max_prompt=7,
+    max_response=9, device='cpu', sft_iters=2400, sft_batch_size=64, sft_lr=4e-3, iters=600,
+    batch_size=64, samples=4, micro_batch=64, beta=0.0, anchor=0.0, lr=2e-4,
+    d_init_from='scratch', d_n_layer=2, d_n_head=2, d_n_embd=64, d_lr=2e-3,
+    d_warmup_iters=400, d_warmup_acc=1.0, d_max_acc=1.0, d_dropout=0.0, eval_interval=100,
     eval_prompts=500)
 BOUNDS = dict(seed=(0, 2 ** 32 - 1), micro_batch=(0, None), sft_iters=(0, None), iters=(0, None),
               d_warmup_iters=(0, None), d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1),
-              temperature=(.01, 1e9))
+              sft_dropout=(0, 1), temperature=(.01, 1e9))
 TAU = 1.0, .5                        # temperature of the relaxed samples, first and last
 
 
@@ -241,7 +248,10 @@ def mle_step(generator, optimizer, train_set, step, cfg):
     index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)     # stream 0
     lr = cfg.sft_lr * schedule(step, cfg.sft_iters)
     batch = train_set.batch(shard(index), cfg.device)
+    torch.manual_seed(hash((cfg.seed, step, 2)) % 2 ** 31 + rank())                 # of dropout
+    generator.train(cfg.sft_dropout > 0)             # a mode of its own would be one more graph
     loss = mle_gradient(generator, batch, 1 / all_sum(batch.mask.sum()), cfg)
+    generator.eval()
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
 
 
@@ -252,7 +262,7 @@ def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, 
 
     learn    False for no step
     returns  dict: d_loss (from before the step, in nats per prefix, None if all tie), d_norm, and
-             what `told` tells
+             what `data.told` tells
     """
     where, kept = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes), []
     n_places = all_sum(where.sum()).item()
@@ -270,7 +280,8 @@ def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, 
     loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * where
     d_loss = all_sum(loss.sum()) / n_places if n_places else None
     d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
-    return {**told(*gathered(scores, where.any(-1))), 'd_loss': d_loss, 'd_norm': d_norm}
+    figures = data.told(*gathered(scores, where.any(-1)))
+    return figures | {'d_loss': d_loss, 'd_norm': d_norm}
 
 
 def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr, tau, rng, cfg):
@@ -305,9 +316,10 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
     return figures
 
 
-def warm_start(generator, train_set, dev_set, enc, out, log, caught, cfg):
+def warm_start(generator, own, train_set, dev_set, enc, out, log, caught, cfg):
     """MLE on gold answers, resumed from out/sft.pt; False if a signal cut it short. Generator and
-    sft.pt end as the network that, at an evaluation, had the least loss on dev."""
+    sft.pt end as the network that, at an evaluation, had the least loss on dev; sft.pt keeps `own`,
+    networks by name that have a start of their own, too, so that a resume reads no other file."""
     path, optimizer, start, best = out / 'sft.pt', adamw(generator), 0, None
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
@@ -320,7 +332,7 @@ def warm_start(generator, train_set, dev_set, enc, out, log, caught, cfg):
     for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
         due, stop = step % cfg.eval_interval == 0, signalled(caught)
         if stop or due:
-            save(path, generator, log, sft_iter=step, optimizer=optimizer, best=best)
+            save(path, generator, log, sft_iter=step, optimizer=optimizer, best=best, **own)
         if stop:
             return False
         if due:
@@ -331,7 +343,7 @@ def warm_start(generator, train_set, dev_set, enc, out, log, caught, cfg):
         log({**record, 'seconds': log.seconds})
     best = sample.better(best, cfg.sft_iters, generator, dev_set, enc, out, log, cfg)
     generator.load_state_dict(best['model'])
-    save(path, generator, log, sft_iter=cfg.sft_iters)
+    save(path, generator, log, sft_iter=cfg.sft_iters, **own)
     return True
 
 
@@ -349,19 +361,22 @@ def train(cfg, caught=()):
     torch.manual_seed(cfg.seed)
     # data and models
     enc, train_set, dev_set = data.load(cfg)
+    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {}
     generator = load_generator(cfg, enc.n_vocab)
-    data.check_fit(generator.config, enc, cfg)
+    discriminator = load_discriminator(cfg, generator, saved)
+    data.check_fit(enc, cfg, init_from=generator.config, d_init_from=discriminator.trunk.config)
     # before it is compiled; whole, for without requires_grad it would have graphs of its own
     reference = copy.deepcopy(generator)
     if cfg.compile:
         generator.compile()
-    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {}
     log = Log(out, cfg, given, saved)
     # warm start
-    if not warm_start(generator, train_set, dev_set, enc, out, log, caught, cfg):
+    own = {'discriminator': discriminator} if cfg.d_init_from else {}
+    if not warm_start(generator, own, train_set, dev_set, enc, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
-    discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
+    if not own:
+        discriminator.trunk.load_state_dict(generator.state_dict())
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)
     # d_acc, a running mean, begins at chance; distinct2 is the least before the generator moves
@@ -411,6 +426,7 @@ def train(cfg, caught=()):
             running['distinct2'] = min(running['distinct2'], record['distinct2'])
             if moving:
                 running['start'] = it
+                save(out / 'start.pt', generator, log, iter=it, running=running, **stateful)
                 tqdm.write(f'iteration {it}: the generator begins to move')
         share = (it - running['start']) / (cfg.iters - running['start']) if moving else 0
         tau = TAU[0] + (TAU[1] - TAU[0]) * share

@@ -54,8 +54,8 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise ValueError(f'--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}: '
-                             'change one of them')
+            raise ValueError(f'n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: '
+                             'change one of them, --[d_]n_embd or --[d_]n_head')
 
 
 class Rollout(NamedTuple):
@@ -419,18 +419,6 @@ def margin(scores, response, mask, ended, prefixes=True):
     return torch.where((response[:, 1:] == response[:, :1]).all(-1), 0.0, values)
 
 
-def told(scores, differ):
-    """
-    What scores (B, 1 + K, R), the gold answer first, say of the pairs that differ (B, K): dict:
-    d_acc, the share of them in which the gold answer's is higher, an equal one counting half, None
-    if there are none; tie_rate; score, the mean of the samples.
-    """
-    real, fake = scores[:, :1, -1], scores[:, 1:, -1]
-    right = ((real - fake).sign() + 1)[differ] / 2
-    return {'d_acc': right.mean().item() if len(right) else None,
-            'tie_rate': 1 - differ.float().mean().item(), 'score': fake.mean().item()}
-
-
 # -----------------------------------------------------------------------------
 # files in OpenAI's layout
 
@@ -621,12 +609,34 @@ def caught_signals(notice):
             signal.signal(number, handler)
 
 
+def load_gpt(source, of, cfg, n_vocab):
+    """A GPT from a source that --init_from takes; the flags of its size begin with `of`."""
+    if source != 'scratch':
+        return GPT.from_pretrained(source)
+    size = (getattr(cfg, of + name) for name in ('n_layer', 'n_head', 'n_embd'))
+    return GPT(GPTConfig(cfg.max_prompt + cfg.max_response, n_vocab, *size))
+
+
 def load_generator(cfg, n_vocab):
     """The generator that --init_from names, or that of the run to resume, on the device."""
     source = last_checkpoint(cfg.out_dir) if cfg.resume else cfg.init_from
-    size = cfg.max_prompt + cfg.max_response, n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd
-    generator = GPT(GPTConfig(*size)) if source == 'scratch' else GPT.from_pretrained(source)
-    return generator.to(cfg.device).eval()
+    generator = load_gpt(source, '', cfg, n_vocab).to(cfg.device).eval()
+    for module in generator.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = cfg.sft_dropout               # in train() mode, the warm start's
+    return generator
+
+
+def load_discriminator(cfg, generator, saved):
+    """The discriminator, on the device: that of `saved`, a checkpoint, if it has one; else of the
+    trunk that --d_init_from names, or of a copy of the generator."""
+    if 'discriminator' in saved:
+        network = Discriminator(GPT(GPTConfig(**saved['d_gpt_config'])), cfg.d_dropout)
+        network.load_state_dict(saved['discriminator'])
+    else:
+        network = Discriminator(load_gpt(cfg.d_init_from, 'd_', cfg, generator.config.vocab_size)
+                                if cfg.d_init_from else generator, cfg.d_dropout)
+    return network.to(cfg.device).eval()
 
 
 # -----------------------------------------------------------------------------
@@ -704,8 +714,9 @@ def signalled(caught):
 # -----------------------------------------------------------------------------
 # a run: checkpoints of tensors and plain values only, device, folder, log
 
-FORMAT = 3                        # of checkpoints: add 1 whenever they come to hold something else
-SCREEN = {'iter': 'reward d_acc tie_rate kl f1 sample_f1', 'sft_iter': 'mle loss f1 sample_f1'}
+FORMAT = 4                        # of checkpoints: add 1 whenever they come to hold something else
+SCREEN = {'iter': 'reward gap d_acc kl f1 sample_em sample_f1',
+          'sft_iter': 'mle loss f1 sample_em sample_f1'}
 
 
 def save_checkpoint(path, state):
@@ -758,8 +769,8 @@ def settings_to_resume(given, Config):
     if given.get('iters', math.inf) < saved.get('iter', 0):
         raise ValueError(f'--resume with --iters {given["iters"]}: the run is at {saved["iter"]}: '
                          'give as many or more')
-    for name in ('init_from data context max_prompt max_response n_layer n_head n_embd '
-                 'sft_iters'.split()):
+    for name in ('init_from data context max_prompt max_response n_layer n_head n_embd sft_iters '
+                 'd_init_from d_n_layer d_n_head d_n_embd'.split()):
         if name in given and given[name] != settings[name]:
             raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
                              'leave it, or start another')
@@ -870,7 +881,7 @@ class Log:
         if self.writes and size and self.path.exists():
             os.truncate(self.path, min(size, self.path.stat().st_size))
         elif self.writes:                            # a new run, all inputs loaded; or metrics lost
-            for old in [] if cfg.resume else ['ckpt.pt', 'sft.pt']:
+            for old in [] if cfg.resume else ['ckpt.pt', 'sft.pt', 'start.pt']:
                 (out / old).unlink(missing_ok=True)
             name = torch.cuda.get_device_name(cfg.device) if self.cuda else cfg.device
             header = {'config': asdict(cfg), 'python': sys.version.split()[0], 'device': name,
@@ -905,7 +916,7 @@ class Log:
         if self.wandb:
             self.wandb.log(record)
         if 'dev' in record or 'seconds' in record and record[stage] % 10 == 0:
-            said = [f'{k} {figures[k]:.4g}' for k in SCREEN[stage].split()
+            said = [f'{k} {figures[k]:.3g}' for k in SCREEN[stage].split()
                     if figures.get(k) is not None]
             took = sum(record.get('seconds', {}).values())
             tqdm.write('  '.join([at, *said, f'{took:.3g} s' if took else 'on dev']))
@@ -924,15 +935,18 @@ def save(path, generator, log, **more):
     optimizers for their states. If a network has diverged, the file stays as it was, and all ranks
     raise a FloatingPointError. A time to give back freed memory, too."""
     keep_freed_memory(False)
-    tokens = torch.zeros_like(generator.wpe.weight[None, :32, 0], dtype=torch.long)      # (1, 32)
+    tokens = torch.zeros(1, 32, dtype=torch.long, device=generator.wpe.weight.device)
     trunks = [generator, *(z.trunk for z in more.values() if isinstance(z, Discriminator))]
     with torch.no_grad(), torch.compiler.set_stance('force_eager'):          # no graph for this
-        diverged = not all(trunk(tokens).isfinite().all() for trunk in trunks)
+        diverged = not all(trunk(tokens[:, :trunk.config.block_size]).isfinite().all()
+                           for trunk in trunks)
     if diverged:
         raise FloatingPointError(
             f'{path} is not written, for a network has diverged; what was saved before it stays: '
             'give a lower learning rate, a flag that ends in lr, and --resume')
     if not rank():
+        if 'discriminator' in more:
+            more['d_gpt_config'] = asdict(more['discriminator'].trunk.config)
         more = {k: z.state_dict() if hasattr(z, 'state_dict') else z for k, z in more.items()}
         save_checkpoint(path, {
             'format': FORMAT, 'script': log.script, 'settings': log.settings,

@@ -24,9 +24,9 @@ from tqdm import tqdm
 import data
 import sample
 from model import (Discriminator, Log, adamw, all_sum, autocast, gathered, hold_last,
-                   last_checkpoint, linear_in_float32, load_checkpoint, load_generator, main,
-                   margin, open_device, open_folder, rank, save, schedule, shard, signalled, told,
-                   update, world)
+                   last_checkpoint, linear_in_float32, load_checkpoint, load_discriminator,
+                   load_generator, main, margin, open_device, open_folder, rank, save, schedule,
+                   shard, signalled, update, world)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -47,7 +47,7 @@ class Config:
     eval_interval: int = 100         # steps between evaluations, and checkpoints
     eval_prompts: int = 2000         # dev prompts of an evaluation
     # data
-    data: str = 'squad_v2'           # squad_v2, squad, toy, toy-varied; own.jsonl, .csv, a folder
+    data: str = 'squad_v2'           # squad_v2, squad, toy[-varied|-ways], own.jsonl or .csv
     context: bool = True             # put the passage into the prompt; README's poster did not
     max_prompt: int = 256            # P, tokens
     max_response: int = 32           # R, tokens, with <|endoftext|>
@@ -60,6 +60,7 @@ class Config:
     sft_iters: int = 8000            # MLE steps on gold answers; 0 for none
     sft_batch_size: int = 32         # examples of an MLE step
     sft_lr: float = 3e-5             # peak learning rate of the warm start
+    sft_dropout: float = 0.0         # of the generator, in the warm start
     # adversarial stage
     iters: int = 2000                # rollouts
     batch_size: int = 64             # prompts of a rollout
@@ -70,6 +71,10 @@ class Config:
     anchor: float = 0.03             # weight of MLE on a gold answer, the sum over its tokens
     lr: float = 5e-6                 # peak learning rate of the generator
     # discriminator
+    d_init_from: str = ''            # its trunk: the warm-started generator's; or as --init_from
+    d_n_layer: int = 12              # layers, with --d_init_from scratch
+    d_n_head: int = 12               # heads of a layer, with --d_init_from scratch
+    d_n_embd: int = 768              # channels, with --d_init_from scratch
     d_loss: Literal['pair', 'minimax'] = 'pair'  # relativistic on one prompt, or the poster's
     d_prefixes: bool = True          # learn the score of every prefix, not of whole answers alone
     d_lr: float = 5e-5               # learning rate of the discriminator
@@ -77,7 +82,7 @@ class Config:
     d_warmup_acc: float = 0.65       # it moves sooner at this running pair accuracy; 1: never
     d_max_acc: float = 0.9           # above it the discriminator rests; 1: never
     d_dropout: float = 0.1           # of the discriminator, as it learns
-    reward: Literal['margin', 'score', 'random'] = 'margin'  # over the gold's; raw; or a control
+    reward: Literal['margin', 'score', 'match', 'random', 'random-score'] = 'margin'  # see `reward`
     # ppo
     epochs: int = 1                  # passes over a rollout; few, for the reward moves with D
     minibatch: int = 16              # prompts of an update
@@ -88,14 +93,15 @@ class Config:
 
 
 TINY = dict(
-    data='toy', init_from='scratch', n_layer=2, n_head=4, n_embd=64, max_prompt=26, max_response=6,
-    device='cpu', sft_iters=120, sft_batch_size=64, sft_lr=4e-3, iters=600, batch_size=64,
-    samples=4, micro_batch=64, beta=0.0, anchor=0.0, lr=3e-4, d_lr=4e-3,
-    d_warmup_iters=250, d_warmup_acc=.93, d_max_acc=1.0, d_dropout=0.0, eval_interval=25,
-    eval_prompts=500, minibatch=32, critic_lr=4e-3, pretrain=0.0)
+    data='toy-ways', init_from='scratch', n_layer=1, n_head=2, n_embd=16, max_prompt=7,
+    max_response=9, device='cpu', sft_iters=2400, sft_batch_size=64, sft_lr=4e-3, iters=600,
+    batch_size=64, samples=4, micro_batch=64, beta=0.0, anchor=0.0, lr=3e-4,
+    d_init_from='scratch', d_n_layer=2, d_n_head=2, d_n_embd=64, d_prefixes=False, d_lr=2e-3,
+    d_warmup_iters=400, d_warmup_acc=1.0, d_max_acc=1.0, d_dropout=0.0, eval_interval=100,
+    eval_prompts=500, reward='score', minibatch=32, critic_lr=2e-3, pretrain=0.0)
 BOUNDS = dict(seed=(0, 2 ** 32 - 1), micro_batch=(0, None), sft_iters=(0, None), iters=(0, None),
               d_warmup_iters=(0, None), d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1),
-              temperature=(.01, 1e9), clip=(.001, 1e9), lam=(0, 1))
+              sft_dropout=(0, 1), temperature=(.01, 1e9), clip=(.001, 1e9), lam=(0, 1))
 
 
 def check(cfg):
@@ -196,12 +202,15 @@ def reward(scores, batch, roll, cfg):
 
     margin  tanh((s - s*) / 2), s* the gold answer's score: see model.margin
     score   s itself, the poster's, of answers that do not end, too
-    random  the margins of a rank's samples, dealt out among them at random: a control
+    match   0 for the gold answer, -1 else: a control that reads no score
+    random, random-score  margins or scores dealt out at random among a rank's samples: controls
     """
     values = margin(scores, *data.beside_gold(batch, roll), roll.ended, cfg.d_prefixes)  # (B, K)
-    if cfg.reward == 'score':
+    if cfg.reward.endswith('score'):
         values = scores[:, 1:, -1]
-    if cfg.reward == 'random':
+    if cfg.reward == 'match':
+        values = (roll.response == batch.response[:, None]).all(-1).float() - 1
+    if cfg.reward.startswith('random'):
         values = values.flatten()[torch.randperm(values.numel())].view_as(values)
     last = roll.mask & ~F.pad(roll.mask[..., 1:], (0, 1))
     return values[..., None] * last
@@ -228,7 +237,10 @@ def mle_step(generator, optimizer, train_set, step, cfg):
     index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)     # stream 0
     lr = cfg.sft_lr * schedule(step, cfg.sft_iters)
     batch = train_set.batch(shard(index), cfg.device)
+    torch.manual_seed(hash((cfg.seed, step, 2)) % 2 ** 31 + rank())                 # of dropout
+    generator.train(cfg.sft_dropout > 0)             # a mode of its own would be one more graph
     loss = mle_gradient(generator, batch, 1 / all_sum(batch.mask.sum()), cfg)
+    generator.eval()
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
 
 
@@ -238,7 +250,7 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
 
     learn    False for no step
     returns  the scores (B, 1 + K, R); dict: d_loss (of them, in nats per prefix, None if all tie),
-             d_norm, and what `told` tells
+             d_norm, and what `data.told` tells
     """
     where, kept = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes), []
     n_places = all_sum(where.sum()).item()
@@ -255,7 +267,8 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
     loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * where
     d_loss = all_sum(loss.sum()) / n_places if n_places else None
     d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
-    return scores, {**told(*gathered(scores, where.any(-1))), 'd_loss': d_loss, 'd_norm': d_norm}
+    figures = data.told(*gathered(scores, where.any(-1)))
+    return scores, figures | {'d_loss': d_loss, 'd_norm': d_norm}
 
 
 PASSAGES = 16                        # of one update
@@ -363,9 +376,10 @@ def ppo_step(generator, critic, optimizers, batch, past, passages, running, shar
     return means | {'updates': len(updates)}
 
 
-def warm_start(generator, train_set, dev_set, enc, out, log, caught, cfg):
+def warm_start(generator, own, train_set, dev_set, enc, out, log, caught, cfg):
     """MLE on gold answers, resumed from out/sft.pt; False if a signal cut it short. Generator and
-    sft.pt end as the network that, at an evaluation, had the least loss on dev."""
+    sft.pt end as the network that, at an evaluation, had the least loss on dev; sft.pt keeps `own`,
+    networks by name that have a start of their own, too, so that a resume reads no other file."""
     path, optimizer, start, best = out / 'sft.pt', adamw(generator), 0, None
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
@@ -378,7 +392,7 @@ def warm_start(generator, train_set, dev_set, enc, out, log, caught, cfg):
     for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
         due, stop = step % cfg.eval_interval == 0, signalled(caught)
         if stop or due:
-            save(path, generator, log, sft_iter=step, optimizer=optimizer, best=best)
+            save(path, generator, log, sft_iter=step, optimizer=optimizer, best=best, **own)
         if stop:
             return False
         if due:
@@ -389,7 +403,7 @@ def warm_start(generator, train_set, dev_set, enc, out, log, caught, cfg):
         log({**record, 'seconds': log.seconds})
     best = sample.better(best, cfg.sft_iters, generator, dev_set, enc, out, log, cfg)
     generator.load_state_dict(best['model'])
-    save(path, generator, log, sft_iter=cfg.sft_iters)
+    save(path, generator, log, sft_iter=cfg.sft_iters, **own)
     return True
 
 
@@ -407,21 +421,24 @@ def train(cfg, caught=()):
     torch.manual_seed(cfg.seed)
     # data and models
     enc, train_set, dev_set = data.load(cfg)
+    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {}
     generator = load_generator(cfg, enc.n_vocab)
-    data.check_fit(generator.config, enc, cfg)
+    discriminator = load_discriminator(cfg, generator, saved)
+    data.check_fit(enc, cfg, init_from=generator.config, d_init_from=discriminator.trunk.config)
     passages = data.load_passages(train_set.examples, enc, cfg) if cfg.pretrain else None
     # before it is compiled; whole, for without requires_grad it would have graphs of its own
     reference = copy.deepcopy(generator)
     if cfg.compile:
         generator.compile()
-    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {}
     log = Log(out, cfg, given, saved)
     # warm start
-    if not warm_start(generator, train_set, dev_set, enc, out, log, caught, cfg):
+    own = {'discriminator': discriminator} if cfg.d_init_from else {}
+    if not warm_start(generator, own, train_set, dev_set, enc, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
-    discriminator = Discriminator(generator, cfg.d_dropout).to(cfg.device).eval()
-    critic = Critic(generator).to(cfg.device).eval()
+    if not own:
+        discriminator.trunk.load_state_dict(generator.state_dict())
+    critic = Critic(discriminator.trunk).to(cfg.device).eval()
     optimizer, d_optimizer, critic_optimizer = map(adamw, (generator, discriminator, critic))
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer,
                     critic=critic, critic_optimizer=critic_optimizer)
@@ -472,6 +489,7 @@ def train(cfg, caught=()):
             running['distinct2'] = min(running['distinct2'], record['distinct2'])
             if moving:
                 running['start'] = it
+                save(out / 'start.pt', generator, log, iter=it, running=running, **stateful)
                 tqdm.write(f'iteration {it}: the generator begins to move')
         scores, figures = discriminator_step(discriminator, d_optimizer, batch, roll, learn, cfg)
         record |= figures

@@ -24,11 +24,10 @@ from tqdm import tqdm
 
 import data
 from model import (GPT, Discriminator, all_sum, autocast, command_line, hold_last,
-                   keep_freed_memory, last_checkpoint, load_checkpoint, margin, open_device,
-                   parse_known, rank, told, update)
+                   keep_freed_memory, last_checkpoint, load_checkpoint, load_discriminator,
+                   margin, open_device, parse_known, rank, update)
 
 JUDGES, PAIRS = 3, 200           # fresh discriminators to a figure; fewer pairs are not judged
-FEW = 10                         # passages, of which an interval says little
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32, temperature=1.0)
 
 # -----------------------------------------------------------------------------
@@ -59,13 +58,11 @@ def task_of(sources, args, examples=None):
         if config.vocab_size != enc.n_vocab:
             raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, --data '
                              f'{settings["data"]} one of {enc.n_vocab}: give a matching pair')
-        if ours and config.block_size < P + R:
+        if config.block_size < P + R:
             raise ValueError(f'{source} takes {config.block_size} tokens, the prompts and answers '
-                             f'of {first} have more: take one of them')
-        R = R if ours else min(R, config.block_size // 4)    # a short one has short answers
-        P = min(P, config.block_size - R)                    # and prompts
+                             f'of {first or "GPT-2"} have {P + R}: take one of them')
     context = settings['context'] if examples is None else args.context is not None
-    settings |= {'max_prompt': P, 'max_response': R, 'context': context}
+    settings |= {'context': context}
     examples = examples or data.load_examples(settings['data'], 'dev', args.prompts)
     split = data.Split(examples, enc, P, R, context)
     if split.cut_prompts:
@@ -210,7 +207,7 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     scores = scores_of(discriminator, split, batches(split, size), *pairs, args)[:len(split)]
     worth = margin(scores, *pairs, response[:, -1:] == split.eos, cfg.d_prefixes)
     differ = (gold.response != response).any(1, keepdim=True)
-    return figures | {'reward': worth.mean().item(), **told(scores, differ)}, texts
+    return figures | {'reward': worth.mean().item(), **data.told(scores, differ)}, texts
 
 
 def report(at, generator, discriminator, split, enc, out, log, cfg):
@@ -223,7 +220,7 @@ def report(at, generator, discriminator, split, enc, out, log, cfg):
         example = split.examples[i]
         said = example['question'], (example['answers'] or [data.UNANSWERABLE])[0], texts[i]
         cells = [repr(text)[1:-1] for text in said]          # whatever is in it, one line
-        tqdm.write('  {:39.39}  gold: {:20.20}  sampled: {:.20}'.format(*cells))
+        tqdm.write('  {:25.25}  gold: {:27.27}  sampled: {:.27}'.format(*cells))
     if discriminator:
         draw({'this run': [read_run(out)]}, out / 'curves.png')
     return figures, texts
@@ -252,12 +249,12 @@ def finish(reference, generator, discriminator, split, enc, out, log, cfg):
     answers = ('warm start', warm_texts), ('tuned', texts)
     (out / 'samples.txt').write_text(side_by_side(split.examples[:20], answers), encoding='utf-8')
     figures = {'warm start': warm, 'tuned': tuned}
-    columns = {'em': 'EM', 'f1': 'F1', 'sample_f1': 'F1 sampled', 'reward': 'reward',
-               'd_acc': 'd_acc', 'tie_rate': 'tie_rate', 'distinct2': 'distinct-2'}
-    print(' ' * 12 + ''.join(f'{title:>12}' for title in columns.values()))
+    columns = {'em': 'EM', 'f1': 'F1', 'sample_em': 'EM sampled', 'sample_f1': 'F1 sampled',
+               'reward': 'reward', 'gap': 'gap', 'd_acc': 'd_acc', 'distinct2': 'distinct-2'}
+    print(' ' * 12 + ''.join(f'{title:>11}' for title in columns.values()))
     for name, row in figures.items():
         cells = ('-' if row[key] is None else f'{row[key]:.3f}' for key in columns)
-        print(f'{name:12}' + ''.join(f'{c:>12}' for c in cells), flush=True)
+        print(f'{name:12}' + ''.join(f'{c:>11}' for c in cells), flush=True)
     log({'final': figures})
     return figures
 
@@ -267,8 +264,8 @@ def finish(reference, generator, discriminator, split, enc, out, log, cfg):
 
 def interval(right, groups):
     """95% interval of the mean of right (n,), of groups (n,), by bootstrap over these (Efron 1979):
-    trials of one are not independent. That judges differ by their training is not in it; of fewer
-    than FEW groups it is far too narrow."""
+    trials of one are not independent. That judges differ by their training is not in it; of few
+    groups it is far too narrow."""
     sums, counts = np.bincount(groups, right), np.bincount(groups)
     sums, counts, rng = sums[counts > 0], counts[counts > 0], np.random.default_rng(0)
     drawn = [rng.integers(len(sums), size=len(sums)) for _ in range(2000)]
@@ -407,11 +404,11 @@ def evaluate(args):
     base = GPT.from_pretrained(args.base).to(args.device)
     if args.best_of:
         file = last_checkpoint(args.discriminator)
-        state = file and load_checkpoint(file).get('discriminator')
-        if not state or not state['score.weight'].any():
+        saved = load_checkpoint(file) if file else {}
+        if 'd_gpt_config' not in saved or not saved['discriminator']['score.weight'].any():
             raise ValueError(f'{args.discriminator} has no trained discriminator: give a ckpt.pt')
-        discriminator = Discriminator(GPT.from_pretrained(args.discriminator)).to(args.device)
-        discriminator.load_state_dict(state)
+        plain = argparse.Namespace(device=args.device, d_dropout=0.0)
+        discriminator = load_discriminator(plain, None, saved)
     out = Path(args.out or 'out/evaluation.json')
     out.parent.mkdir(parents=True, exist_ok=True)
     open(out, 'a').close()                           # now, if it cannot be written
@@ -431,8 +428,6 @@ def evaluate(args):
             row = [f'{header} {cell(header, [value])}' for header, value in row_of(f).items()]
             test = ('told apart {accuracy:.1%} [{low:.1%}, {high:.1%}]' if f['fresh']['judges'] else
                     f'none judged, for want of {PAIRS} or of steps')
-            if f['fresh'].get('groups', FEW) < FEW:
-                test += ', an interval of {groups} passages, which is too narrow'
             test = ('{pairs} pairs that differ, {ties} ties; ' + test).format(**f['fresh'])
             print(f'\n{label}, at {temperature}: {", ".join(row)}\n  {test}', flush=True)
             write_json(out, {'setup': setup, 'results': results})
@@ -448,8 +443,9 @@ def write_json(path, value):
 # tables and curves
 
 COLUMNS = {'EM': 'em', 'F1': 'f1', 'F1, HasAns': 'has_f1', 'F1, NoAns': 'no_f1',
-           'F1 sampled': 'sample_f1', 'F1 sampled, HasAns': 'sample_has_f1',
-           'F1 sampled, NoAns': 'sample_no_f1', 'unanswerable %': 'unanswerable',
+           'EM sampled': 'sample_em', 'F1 sampled': 'sample_f1',
+           'F1 sampled, HasAns': 'sample_has_f1', 'F1 sampled, NoAns': 'sample_no_f1',
+           'unanswerable %': 'unanswerable',
            'sampled unanswerable %': 'sample_unanswerable'}
 
 
@@ -458,6 +454,8 @@ def row_of(f):
     tie as a half."""
     if 'run' in f:
         return row_of_run(f['run'])
+    if 'row' in f:                                   # a table of one's own
+        return f['row']
     fresh, ties = f['fresh'], 100 * f['fresh']['ties'] / f['prompts']
     right = 100 * fresh['accuracy'] if fresh.get('judges', True) else np.nan
     row = {header: f.get(key, np.nan) for header, key in COLUMNS.items()} | {
@@ -527,12 +525,14 @@ PANELS = {  # by what numbers a record: title, and key of a record or, after dev
     'iter': {
         'reward on dev (mean margin)': 'dev reward', 'discriminator loss (nats)': 'd_loss',
         'pairs told apart (running mean)': 'd_acc_mean',
-        'KL from the warm start (nats/token)': 'kl', 'F1 on dev (%)': 'dev f1',
-        'F1 of sampled answers (%)': 'dev sample_f1',
-        'distinct-2 of sampled answers': 'dev distinct2', 'longest run of a token': 'longest_run'},
+        'KL from the warm start (nats/token)': 'kl', 'longest run of a token': 'longest_run',
+        'F1 on dev (%)': 'dev f1', 'F1 of sampled answers (%)': 'dev sample_f1',
+        'EM of sampled answers (%)': 'dev sample_em',
+        'distinct-2 of sampled answers': 'dev distinct2', 'score of samples less gold': 'dev gap'},
     'sft_iter': {
         'loss on dev (nats/token)': 'dev loss', 'EM on dev (%)': 'dev em',
-        'F1 on dev (%)': 'dev f1', 'F1 of sampled answers (%)': 'dev sample_f1',
+        'F1 on dev (%)': 'dev f1', 'EM of sampled answers (%)': 'dev sample_em',
+        'F1 of sampled answers (%)': 'dev sample_f1',
         'F1 of answerable questions (%)': 'dev has_f1',
         'F1 of unanswerable questions (%)': 'dev no_f1',
         'share of unanswerable (%)': 'dev unanswerable',
@@ -555,9 +555,9 @@ def draw(groups, out):
     """A PNG of runs, lists of records, by name; those of a name look alike. Of iterations, with a
     dotted line where the generator begins to move; of the warm starts if there is no other yet."""
     from matplotlib.figure import Figure             # here, for it takes half a second
-    figure, grey = Figure((15, 6.2), facecolor='none', layout='constrained'), '#858c95'
+    figure, grey = Figure((18, 6.2), facecolor='none', layout='constrained'), '#858c95'
     looks = [(style, hue) for style in STYLES for hue in COLOURS]
-    axes = figure.subplots(2, 4, sharex=True)
+    axes = figure.subplots(2, 5, sharex=True)
     every = [r for runs in groups.values() for run in runs for r in run]
     warm = any('sft_iter' in r for r in every) and not any(r.get('iter') for r in every)
     number, axis = ('sft_iter', 'MLE step') if warm else ('iter', 'iteration')
