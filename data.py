@@ -210,7 +210,6 @@ def toy_examples(split, size, varied=False):
     return examples
 
 
-# and toy-ways: several ways to answer, of which a small network can do one
 NOUNS = ('ant ape bag bat bed bee bow box bus cab can cap car cat cow cup dog ear egg elk eye '
          'fan fig fly fox gem hat hen ink jar jet jug key kid lid log map mat mug net nut oak '
          'oar owl pan pea pen pie pig pin pit pot ram rat rug saw sun tub van wig').split()
@@ -223,7 +222,7 @@ def ways_examples(split, size):
     ways to answer. Seven of ten are free: `any` and the words in any order, 24 right answers. The
     others are bound: `as` and the words in their order, one of the LINKS between two, 12^3 right
     answers. After `one`, `any` and `as` change places. Not to say a word twice, a free answer looks
-    back at what it has said: a network of two layers can, one of one layer cannot.
+    back at what it has said: a network of two layers can, a small one of one layer cannot.
     """
     rng, examples = np.random.default_rng(['train', 'dev'].index(split)), []
     while len(examples) < size:
@@ -232,13 +231,13 @@ def ways_examples(split, size):
             continue                                 # the two splits take disjoint sets of words
         one, free, order, links = (rng.random() < .5, rng.random() < .7, rng.permutation(4),
                                    rng.integers(len(LINKS), size=3))
-        any_, as_ = ('as', 'any') if one else ('any', 'as')
-        bound = ' '.join([as_, words[0], *(f'{LINKS[i]} {w}' for i, w in zip(links, words[1:]))])
-        each = ''.join(rf'(?=.* {word}\b)' for word in words)
+        freely, bound = ('as', 'any') if one else ('any', 'as')
+        linked = ' '.join([bound, words[0], *(f'{LINKS[i]} {w}' for i, w in zip(links, words[1:]))])
+        each = ''.join(rf'(?=.* {word}\b)' for word in words) + r'( \w+){4}'
         examples.append({
             'context': '', 'question': 'one ' * one + ' '.join(words),
-            'answers': [' '.join([any_, *(words[i] for i in order)]) if free else bound],
-            'accepts': rf'{any_}{each}( \w+){{4}}|{as_} ' + f' ({"|".join(LINKS)}) '.join(words)})
+            'answers': [' '.join([freely, *(words[i] for i in order)]) if free else linked],
+            'accepts': f'{freely}{each}|{bound} ' + f' ({"|".join(LINKS)}) '.join(words)})
     return examples
 
 

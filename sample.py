@@ -92,13 +92,15 @@ def read(file, parse, what, remedy):
         raise ValueError(f'{file} holds no {what}: {remedy}') from e
 
 
-def read_run(path):
-    """The records of a run, its header first, from its folder or its metrics.jsonl; half a record
-    at the end, of a run that writes or was killed, is left out."""
+def read_runs(path):
+    """The records of a run, its header first, from its folder or its metrics.jsonl, or of several
+    from theirs, one after the other; half a record at the end, of a run that writes or was killed,
+    is left out."""
     def parse(text):
         records = [dict(json.loads(line)) for line in text.split('\n')[:-1] if line]
         records[0]['config']
-        return records
+        starts = [i for i, record in enumerate(records) if 'config' in record]
+        return [records[i:j] for i, j in zip(starts, [*starts[1:], None])]
 
     file = path if Path(path).suffix == '.jsonl' else Path(path) / 'metrics.jsonl'
     return read(file, parse, 'metrics', 'give the out_dir of a run')
@@ -220,9 +222,9 @@ def report(at, generator, discriminator, split, enc, out, log, cfg):
         example = split.examples[i]
         said = example['question'], (example['answers'] or [data.UNANSWERABLE])[0], texts[i]
         cells = [repr(text)[1:-1] for text in said]          # whatever is in it, one line
-        tqdm.write('  {:25.25}  gold: {:27.27}  sampled: {:.27}'.format(*cells))
+        tqdm.write('  {:23.23}  gold: {:28.28}  sampled: {:.28}'.format(*cells))
     if discriminator:
-        draw({'this run': [read_run(out)]}, out / 'curves.png')
+        draw({'this run': read_runs(out)}, out / 'curves.png')
     return figures, texts
 
 
@@ -329,7 +331,7 @@ def told_apart(trunk, split, fake, fake_mask, args):
     """The two-sample test of Lopez-Paz and Oquab 2017, by JUDGES fresh discriminators, each with
     halves of its own: accuracy, a share, .5 being chance; low, high, its 95% interval; judges, the
     accuracy of each, none for fewer than PAIRS pairs or no steps; pairs and ties, how many answers
-    differ from the gold ones and how many do not; groups, of the passages and prompts judged."""
+    differ from the gold ones and how many do not."""
     ties = int((split.batch(range(len(split))).response == fake.cpu()).all(1).sum())
     figures = {'accuracy': .5, 'low': 0., 'high': 1., 'judges': [], 'pairs': len(split) - ties,
                'ties': ties}
@@ -339,9 +341,7 @@ def told_apart(trunk, split, fake, fake_mask, args):
              for k in range(JUDGES)]
     rows, right = (np.concatenate(z) for z in zip(*found))
     figures |= {'accuracy': right.mean().item(), 'judges': [r.mean().item() for _, r in found]}
-    groups = groups_of(split)[rows]
-    figures['low'], figures['high'] = interval(right, groups)
-    figures['groups'] = len(np.unique(groups))
+    figures['low'], figures['high'] = interval(right, groups_of(split)[rows])
     return figures
 
 
@@ -506,9 +506,10 @@ def table(args):
         if Path(path).suffix == '.json':
             found = read(path, parse, 'results', 'give what --evaluate wrote')
         else:
-            run = {k: value for record in read_run(path) for k, value in record.items()
-                   if k in ('iter', 'dev', 'longest_run', 'collapsed')}      # the last of each
-            found = {name: [({'run': run}, row_of_run(run))]}
+            runs = [{k: value for record in run for k, value in record.items()
+                     if k in ('iter', 'dev', 'longest_run', 'collapsed')}    # the last of each
+                    for run in read_runs(path)]
+            found = {name: [({'run': run}, row_of_run(run)) for run in runs]}
         for label, seeds in found.items():
             results.setdefault(label, []).extend(figures for figures, _ in seeds)
             rows.setdefault(label, []).extend(row for _, row in seeds)
@@ -523,18 +524,16 @@ def table(args):
 
 PANELS = {  # by what numbers a record: title, and key of a record or, after dev, of its evaluation
     'iter': {
-        'reward on dev (mean margin)': 'dev reward', 'discriminator loss (nats)': 'd_loss',
-        'pairs told apart (running mean)': 'd_acc_mean',
-        'KL from the warm start (nats/token)': 'kl', 'longest run of a token': 'longest_run',
-        'F1 on dev (%)': 'dev f1', 'F1 of sampled answers (%)': 'dev sample_f1',
-        'EM of sampled answers (%)': 'dev sample_em',
-        'distinct-2 of sampled answers': 'dev distinct2', 'score of samples less gold': 'dev gap'},
+        'EM of sampled answers (%)': 'dev sample_em', 'F1 of sampled answers (%)': 'dev sample_f1',
+        'F1 on dev (%)': 'dev f1', 'distinct-2 of sampled answers': 'dev distinct2',
+        'longest run of a token': 'longest_run', 'reward on dev (mean margin)': 'dev reward',
+        'score of samples less gold': 'dev gap', 'discriminator loss (nats)': 'd_loss',
+        'pairs told apart (running mean)': 'd_acc_mean', 'KL from the warm start (nats)': 'kl'},
     'sft_iter': {
         'loss on dev (nats/token)': 'dev loss', 'EM on dev (%)': 'dev em',
-        'F1 on dev (%)': 'dev f1', 'EM of sampled answers (%)': 'dev sample_em',
-        'F1 of sampled answers (%)': 'dev sample_f1',
-        'F1 of answerable questions (%)': 'dev has_f1',
+        'F1 on dev (%)': 'dev f1', 'F1 of answerable questions (%)': 'dev has_f1',
         'F1 of unanswerable questions (%)': 'dev no_f1',
+        'EM of sampled answers (%)': 'dev sample_em', 'F1 of sampled answers (%)': 'dev sample_f1',
         'share of unanswerable (%)': 'dev unanswerable',
         'distinct-2 of sampled answers': 'dev distinct2'}}
 STYLES = '-', '--', ':', '-.'        # of as many runs as there are colours, each
@@ -561,7 +560,11 @@ def draw(groups, out):
     every = [r for runs in groups.values() for run in runs for r in run]
     warm = any('sft_iter' in r for r in every) and not any(r.get('iter') for r in every)
     number, axis = ('sft_iter', 'MLE step') if warm else ('iter', 'iteration')
-    for ax, (title, key) in zip(axes.flat, PANELS[number].items()):
+    shown = [(title, key) for title, key in PANELS[number].items()
+             if any(windows(run, number, key).size for runs in groups.values() for run in runs)]
+    for ax in axes.flat[len(shown):]:
+        ax.set_visible(False)
+    for i, (ax, (title, key)) in enumerate(zip(axes.flat, shown)):
         for (style, hue), (name, runs) in zip(looks * len(groups), groups.items()):
             label = ' ' + name.replace('$', r'\$')       # with a _ first it would not be shown
             for records in runs:
@@ -572,9 +575,8 @@ def draw(groups, out):
                 begin = next((r['iter'] for r in records if 'kl' in r), 0)
                 if begin and len(at):
                     ax.axvline(begin, color=hue, lw=1, ls=':')
-        ax.set_visible(any(len(line.get_xdata()) for line in ax.lines))
         ax.set_title(title, color=grey, fontsize=11)
-        ax.set_xlabel(axis * (ax in axes[1]), color=grey, fontsize=9)
+        ax.set_xlabel(axis * (i + 5 >= len(shown)), color=grey, fontsize=9)    # the last below
         ax.set_facecolor('none')
         ax.tick_params(colors=grey, labelsize=9, labelbottom=True)
         ax.spines[:].set_color(grey)
@@ -589,7 +591,7 @@ def plot(args):
     """Draws the curves of runs into one PNG."""
     groups = {}
     for name, path in names(args.plot):
-        groups.setdefault(name, []).append(read_run(path))
+        groups.setdefault(name, []).extend(read_runs(path))
     draw(groups, Path(args.out or 'out/curves.png'))
 
 

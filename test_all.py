@@ -1374,6 +1374,14 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     for wrong in (1, 'x', [1], ['x'], [{'em': 1}], [{**f, 'em': 'x'}], [{**f, 'prompts': 0}]):
         both.write_text(json.dumps({'results': {'sft': wrong}}))
         refused(['both.json', 'holds no results'], '--table', both)
+    both = at / 'both.jsonl'                         # of several runs, one after the other
+    both.write_text(''.join((run / 'metrics.jsonl').read_text() for run in runs))
+    text = [printed('--table', *arguments) for arguments in (
+        [f'Gumbel={both}'], [f'Gumbel={run}' for run in runs])]
+    assert text[0] == text[1] and '±' in text[0]
+    own = {'results': {'mine': [{'row': {'EM': n}} for n in (1., 3.)]}}
+    both.with_suffix('.json').write_text(json.dumps(own))
+    assert '| mine | 2.0 ± 1.4 |' in printed('--table', both.with_suffix('.json'))
     png = at / 'all.png'
     printed('--plot', *(f'Gumbel={run}' for run in runs), runs[0] / 'metrics.jsonl', '--out', png)
     assert png.stat().st_size > 20000
@@ -1421,15 +1429,15 @@ def test_curves_have_a_name_and_a_look_each():
         sample.draw({'moves at 5': [run, run]}, folder('looks') / 'x.png')
     axes = drawn[1].axes
     assert len(drawn[1].legends[0].get_texts()) == 1
-    assert [ax.get_xlabel() for ax in axes] == 5 * [''] + 5 * ['iteration']
-    assert len({ax.get_xlim() for ax in axes}) == 1
+    assert [ax.get_xlabel() for ax in axes if ax.get_visible()] == 2 * ['iteration']
+    assert len({ax.get_xlim() for ax in axes[:2]}) == 1
     run = [{'sft_iter': i, 'dev': {'loss': 2. - i}} for i in (0, 1)] + [{'iter': 0, 'dev': {}}]
     with patched(Figure, 'savefig', lambda self, *a, **k: drawn.append(self)):
         sample.draw({'warm start': [run]}, folder('looks') / 'x.png')
     at, values = drawn[2].axes[0].lines[0].get_data()
     assert drawn[2].axes[0].get_title() == 'loss on dev (nats/token)'
     assert [*at] == [0, 1] and [*values] == [2, 1]
-    assert [[*z.get_xdata()] for z in axes[1].lines] == 2 * [[3, 4], [5, 5]]     # a curve, the mark
+    assert [[*z.get_xdata()] for z in axes[0].lines] == 2 * [[3, 4], [5, 5]]     # a curve, the mark
 
 
 def test_only_what_is_named_alike_is_merged():
@@ -1474,6 +1482,11 @@ def test_each_is_judged_with_its_own_prompts_or_refused():
                 said = refused(words, *flags)
                 assert ('give --' in said) == (name in ('data', 'temperature')), said
     printed('--compare', plain, other, '--temperature', '.7', '--prompts', '2')
+    for size, said in (dict(vocab_size=60000), 'has a vocabulary of 60000, --data toy'), (
+            dict(vocab_size=data.load_tokenizer('toy').n_vocab, block_size=30), 'takes 30 tokens'):
+        tiny_gpt(**size).save_pretrained(at / 'gpt')
+        refused([f'{at}/gpt {said}'], '--compare', plain, at / 'gpt')
+    refused(['takes 30 tokens', 'of GPT-2 have 288'], '--compare', at / 'gpt', '--data', 'toy')
 
     # of one name, all are kept; written as they come, with whatever is wrong with one said before
     named = f'W={plain}', f'P={plain}', f'P={run}/ckpt.pt'
