@@ -89,7 +89,7 @@ TINY = dict(
     data='toy-ways', init_from='scratch', n_layer=1, n_head=2, n_embd=16, max_prompt=7,
     max_response=9, device='cpu', sft_iters=2000, sft_batch_size=64, sft_lr=2e-2, iters=650,
     batch_size=64, samples=4, micro_batch=64, beta=0.0, anchor=0.0, lr=1.5e-3,
-    d_init_from='scratch', d_n_layer=2, d_n_head=2, d_n_embd=64, d_prefixes=False, d_lr=2e-3,
+    d_init_from='scratch', d_n_layer=2, d_n_head=4, d_n_embd=64, d_prefixes=False, d_lr=2e-3,
     d_warmup_iters=400, d_warmup_acc=1.0, d_max_acc=1.0, d_dropout=0.0, eval_interval=50,
     eval_prompts=500, reward='score')
 BOUNDS = dict(seed=(0, 2 ** 32 - 1), micro_batch=(0, None), sft_iters=(0, None), iters=(0, None),
