@@ -857,18 +857,6 @@ def test_discriminator_gradient_is_that_of_the_objective():
         assert out['d_acc'] == .5
 
 
-def test_eos_is_trained_and_what_follows_it_is_not():
-    gpt, eos, cfg, found = tiny_gpt(), 12, reinforce.Config(device='cpu', micro_batch=1), []
-    prompt, pad, mask = torch.randint(0, 12, (1, 4)), torch.zeros(1).long(), torch.arange(3) < 2
-    for after in eos, 5:
-        gpt.zero_grad()
-        batch = data.Batch(prompt, pad, torch.tensor([[3, eos, after]]), mask[None])
-        found.append((reinforce.mle_gradient(gpt, batch, 1., cfg), gpt.wpe.weight.grad.clone()))
-    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
-    logprobs, _ = plain_logprobs(gpt, prompt, pad, torch.tensor([[[3, eos]]]))
-    assert abs(found[0][0] + logprobs.mean()) < 1e-5
-
-
 def test_micro_batches_bound_every_pass():
     """No pass that learns, or that the discriminator or the reference makes, has more prompts than
     --micro_batch, the anchor's and the warm start's included."""
@@ -891,23 +879,6 @@ def test_micro_batches_bound_every_pass():
 
 # -----------------------------------------------------------------------------
 # ppo: oracles
-
-def test_gae_equals_the_double_sum():
-    torch.manual_seed(0)
-    rewards, values = torch.randn(2, 20, 2, 6, dtype=torch.double)
-    mask = torch.arange(6) < torch.randint(1, 7, (20, 2, 1))
-    rewards = rewards * mask
-    for lam in 0., .3, .95, 1.:
-        A, returns = ppo.gae(rewards, values, mask, lam)
-        V = F.pad(values * mask, (0, 1))             # what stands after eos does not count
-        delta = rewards + V[..., 1:] - V[..., :-1]
-        wanted = torch.stack([sum(lam ** (k - t) * delta[..., k] for k in range(t, 6))
-                              for t in range(6)], -1) * mask
-        assert (A - wanted).abs().max() < 1e-12
-        assert (returns - wanted - values * mask).abs().max() < 1e-12
-    centred = ppo.centre(A, mask)                    # noise stays as small as it is
-    assert (centred - (A - A[mask].mean()))[mask].abs().max() < 1e-12 and not centred[~mask].any()
-
 
 def test_clipping_by_hand():
     policy, value = ppo.clipped_policy_loss, ppo.value_loss
@@ -992,25 +963,6 @@ def test_ppo_takes_its_gradient_from_scores_to_both_networks():
     assert all(abs(record[k] - v) < 1e-4 for k, v in told.items()), (record, told)
 
 
-def test_no_token_after_eos_moves_anything():
-    found = []
-    for garbage in False, True:
-        cfg, policy, reference, critic, batch, roll, rewards, optimizers, passages = ppo_case(
-            '--beta', '.1', '--anchor', '.4', '--pretrain', '.7')
-        if garbage:
-            junk = torch.randint(0, 12, roll.response.shape)
-            roll = roll._replace(response=roll.response.where(roll.mask, junk))
-        torch.manual_seed(0)                         # the order of the minibatches
-        past, record = ppo.look_back(policy, reference, critic, batch, roll, rewards, cfg)
-        record |= ppo.ppo_step(policy, critic, optimizers, batch, past, passages, {'updates': 0},
-                               0., cfg)
-        found.append((*(o.kept for o in optimizers), record))
-    assert (found[0][0] - found[1][0]).abs().max() < 1e-6
-    assert (found[0][1] - found[1][1]).abs().max() < 1e-6
-    for key, value in found[0][2].items():
-        assert abs(value - found[1][2][key]) < 1e-5, key
-
-
 def test_ppo_takes_minibatches_and_stops_early():
     """The update that would go too far is not taken, by either network, and not counted."""
     for limit, updates in (1e-7, 1), (1e9, 6):       # the first ratio is 1, the second is not
@@ -1036,17 +988,6 @@ def fixed_noise(logits, response, rng):
     """In `conditional_noise`'s place: no draw, so that the layout does not matter."""
     V = logits.size(-1)
     return 3. * F.one_hot(response, V) + .1 * torch.arange(V, device=logits.device)
-
-
-def test_relaxed_answers_have_their_tokens_as_argmax():
-    for kind in 'float32', 'bfloat16':
-        cfg, gpt, _, _, batch, roll = case(gumbel, '--temperature', '.5', activations=kind)
-        answers, mask, logits = gumbel.encode(gpt, batch, roll, .7, torch.Generator(), cfg)
-        response, wanted_mask = data.beside_gold(batch, roll)
-        onehots = F.one_hot(response, 13).float()
-        assert torch.equal(answers.argmax(-1), response) and torch.equal(mask, wanted_mask)
-        assert logits.dtype == torch.float32 and (answers.sum(-1) - 1).abs().max() < 1e-5
-        assert torch.equal(answers[~mask], onehots[~mask])                   # what follows eos
 
 
 def test_conditional_noise_is_the_noise_of_its_tokens():
@@ -1571,14 +1512,6 @@ def test_figures_are_from_before_the_discriminators_step():
             assert abs(rewards.sum() / rewards[..., 0].numel() - last[0]['reward']) < 1e-6
 
 
-def test_defaults_are_near_what_learned():
-    """The discriminator's rate times the width: .06 to .13 here, .04 in OpenAI's reward model."""
-    for cfg in (script.Config() for script in SCRIPTS):
-        assert .035 < cfg.d_lr * cfg.n_embd < .13 and cfg.d_warmup_iters >= 500
-        assert cfg.eval_prompts >= 2000              # a standard error of 1 point of F1
-        assert getattr(cfg, 'pretrain', 0) <= .1 and .5 < cfg.d_warmup_acc < cfg.d_max_acc < 1
-
-
 def test_tau_falls_from_where_the_generator_begins():
     seen, relax = [], gumbel.relax
     with patched(gumbel, 'relax', lambda *a: seen.append(a[2]) or relax(*a)):
@@ -1644,6 +1577,50 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
             for one in later:
                 mean = .9 * mean + .1 * one
             assert abs(saved['running']['baseline'] - mean) < 1e-9 and mean != later[0]
+
+
+def test_the_first_run_has_a_discriminator_of_its_own():
+    """That of --tiny, of each script; where the generator begins to move both are kept, and the one
+    chooses among the other's samples."""
+    for script in SCRIPTS:
+        out = folder('first run')
+        found = train(script, out, '--tiny', '--sft_iters', 2, '--iters', 3, '--d_warmup_iters', 2,
+                      '--eval_interval', 2, '--eval_prompts', 20)
+        assert found['warm start']['sample_em'] == found['tuned']['sample_em'] == 0
+        start = load_checkpoint(out / 'start.pt')
+        assert (start['iter'], start['gpt_config']['n_embd'], start['d_gpt_config']['n_embd']) == (
+            2, 16, 64)
+        text = printed('--evaluate', out / 'start.pt', '--best_of', 2, '--discriminator',
+                       out / 'start.pt', '--prompts', 6, '--test_steps', 0, '--out', out / 'x.json')
+        assert 'F1 chosen' in text
+        for flags in (['--resume', '--d_init_from', 'gpt2'], ['--resume', '--d_n_head', 8]):
+            raises(ValueError, [f'{flags[1]} {flags[2]}'], train, script, out, *flags)
+    assert train(gumbel, out, '--tiny', '--overwrite', '--iters', 0, '--sft_iters', 1,
+                 '--eval_prompts', 20) and not (out / 'start.pt').exists()
+
+
+def test_gpt2_has_a_discriminator_of_another_width():
+    """On data of one's own, by GPT-2's tokens; what both began from is gone at a resume."""
+    if not (SHARED / 'tiktoken_cache').is_dir():
+        raise unittest.SkipTest('the BPE of GPT-2 is not beside this repository')
+    at = folder('gpt2 and another')
+    (at / 'my.jsonl').write_text(''.join(
+        f'{{"prompt": "Who sold boat {i} ?", "response": "Ada {i}"}}\n' for i in range(40)))
+    for script in SCRIPTS:
+        for name, n_embd in ('g', 8), ('d', 16):
+            tiny_gpt(vocab_size=50257, block_size=64, n_embd=n_embd).save_pretrained(at / name)
+        flags = ['--device', 'cpu', '--data', at / 'my.jsonl', '--init_from', at / 'g',
+                 '--d_init_from', at / 'd', '--sft_iters', 1, '--iters', 3, '--d_warmup_iters', 1,
+                 '--batch_size', 4, '--sft_batch_size', 4, '--samples', 2, '--eval_interval', 1,
+                 '--max_prompt', 24, '--max_response', 6]
+        flags += ['--minibatch', 4] * (script is ppo)
+        out = at / script.__name__
+        cut_short(script, out, *flags, at=('score', 2))
+        shutil.rmtree(at / 'g')
+        shutil.rmtree(at / 'd')
+        assert train(script, out, '--resume')['tuned']['f1'] >= 0
+        printed('--evaluate', out, '--best_of', 2, '--discriminator', out, '--prompts', 4,
+                '--test_steps', 0, '--out', at / 'x.json')
 
 
 def test_the_warm_start_ends_with_its_best():
@@ -2306,21 +2283,6 @@ def test_the_commands_of_the_readme():
     assert all(w in err for w in ('BPE', 'TIKTOKEN_CACHE_DIR', '--data toy')), err
 
 
-def test_flags_need_no_comments():
-    """Profiled, --help has them; from standard input, or of a text without, it has less to say."""
-    at, text = folder('fork') / 'fork.py', (HERE / 'reinforce.py').read_text()
-    at.write_text(text.replace(', else 16\n', ', or 50% of it\n'))
-    for how, given, said in ((['-m', 'cProfile', at], None, '50% of it (default: 0)'),
-                             (['-'], text, 'MICRO_BATCH (default: 0)')):
-        done = subprocess.run([sys.executable, *how, '--help'], input=given, capture_output=True,
-                              env={**os.environ, 'PYTHONPATH': str(HERE)}, text=True)
-        assert said in ' '.join(done.stdout.split()), done.stdout[:9999]
-    scope = {'__name__': 'a cell'}
-    exec(re.sub('  # .*', '', text), scope)
-    cell = [scope[name] for name in ('__doc__', 'Config', 'TINY', 'BOUNDS', 'check')]
-    assert asdict(model.parse(['--tiny'], *cell)) == asdict(parse(reinforce, '--tiny'))
-
-
 def test_forks_and_controls_of_the_pages():
     """A reward of one's own as README has it; the signs that RESULTS.md turns round, each once."""
     pages = [(HERE / page).read_text() for page in ('README.md', 'assets/RESULTS.md')]
@@ -2372,7 +2334,7 @@ def test_figures_of_the_pages_are_those_of_their_files():
         assert 'ratio' in row or any(row.items() <= one.items() for one in kept), name
     cells = {cell for row in kept for cell in row.values()}
     assert {*re.findall(r'-?[\d.]+ ± [\d.]*\d', readme + results)} <= cells
-    last = json.loads((assets / 'ways/reinforce-1.jsonl').read_text().splitlines()[-1])['final']
+    last = sample.read_runs(assets / 'ways/score.jsonl')[0][-1]['final']
     keys = 'em', 'f1', 'sample_em', 'sample_f1', 'reward', 'gap', 'd_acc', 'distinct2'
     for name, f in last.items():
         assert name.ljust(12) + ''.join(f'{f[k]:11.3f}' for k in keys) + '\n' in readme, name
