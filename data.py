@@ -4,7 +4,7 @@ The task: SQuAD 2.0 (Rajpurkar et al. 2018) in, prompts and responses out, and t
     prompt    [CONTEXT] {context}\n[QUESTION] {question}\n[ANSWER]
     response   {answer}<|endoftext|>, or  unanswerable<|endoftext|>
 
-Or data of one's own, see `load_examples`; the toy set is made here, in memory, and needs no
+Or data of one's own, see `load_examples`; the toy sets are made here, in memory, and need no
 download. Training takes the first gold answer, scoring all of them.
 """
 
@@ -40,7 +40,7 @@ def load_examples(data, split, n=None):
     data    one of TOYS; NAME or NAME:CONFIG of a set of SQuAD's schema on the hub; a file, one of
             OWN or .json in SQuAD's schema, every tenth of whose prompts, with its passage, is for
             dev; or a folder with one such file for either, train.* or train-v2.0.json
-    n       at most so many, evenly spread; the toy set makes as many, beginning with the same
+    n       at most so many, evenly spread; a toy set makes as many, beginning with the same
     raises  FileNotFoundError, ValueError naming the file and the line
     """
     if data in TOYS:
@@ -76,7 +76,7 @@ def load_examples(data, split, n=None):
 
 def load_rows(data, *args, **kwargs):
     """The rows that `datasets` finds, or a FileNotFoundError."""
-    import datasets                 # slow to import, and the toy set does without
+    import datasets                 # slow to import, and the toy sets do without
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -134,7 +134,7 @@ def checked(path, rows):
 
 
 # -----------------------------------------------------------------------------
-# the toy sets: facts made from word lists, questions on them, a third unanswerable
+# the toy sets: facts made from word lists, a third of the questions on them unanswerable; words
 
 FIRST = 'Ada Carl Dora Emil Fay Gus Hugo Ida Jon Kai Lena Max Nora Otto Pia Rolf Sara Tom'.split()
 LAST = 'Berg Bond Dahl Falk Frey Holm Kane Lind Moss Nash Park Reed Stone Voss Webb York'.split()

@@ -46,11 +46,11 @@ class Config:
     resume: bool = False             # go on from out_dir, with its settings; flags given here win
     overwrite: bool = False          # start anew in an out_dir that holds a run
     wandb: bool = False              # Weights & Biases gets what metrics.jsonl does
-    tiny: bool = False               # the toy preset: CPU, no downloads, minutes; other flags win
+    tiny: bool = False               # toy-ways and its settings: CPU, no downloads, minutes
     eval_interval: int = 100         # steps between evaluations, and checkpoints
     eval_prompts: int = 2000         # dev prompts of an evaluation
     # data
-    data: str = 'squad_v2'           # squad_v2, squad, toy[-varied|-ways], own.jsonl or .csv
+    data: str = 'squad_v2'           # squad_v2, squad, toy[-varied|-ways]; own.jsonl, .csv, folder
     context: bool = True             # put the passage into the prompt; README's poster did not
     max_prompt: int = 256            # P, tokens
     max_response: int = 32           # R, tokens, with <|endoftext|>
@@ -74,7 +74,7 @@ class Config:
     anchor: float = 0.03             # weight of MLE on a gold answer, the sum over its tokens
     lr: float = 1e-5                 # peak learning rate of the generator
     # discriminator
-    d_init_from: str = ''            # its trunk: the warm-started generator's; or as --init_from
+    d_init_from: str = ''            # its trunk: '' for the generator's; else as --init_from
     d_n_layer: int = 12              # layers, with --d_init_from scratch
     d_n_head: int = 12               # heads of a layer, with --d_init_from scratch
     d_n_embd: int = 768              # channels, with --d_init_from scratch
@@ -248,8 +248,8 @@ def mle_step(generator, optimizer, train_set, step, cfg):
     index = data.order(len(train_set), cfg.sft_batch_size, (cfg.seed, 0), step)     # stream 0
     lr = cfg.sft_lr * schedule(step, cfg.sft_iters)
     batch = train_set.batch(shard(index), cfg.device)
-    torch.manual_seed(hash((cfg.seed, step, 2)) % 2 ** 31 + rank())                 # of dropout
-    generator.train(cfg.sft_dropout > 0)             # a mode of its own would be one more graph
+    torch.manual_seed(hash((cfg.seed, step, 2)) % 2 ** 31 + rank())  # dropout's, in a resume too
+    generator.train(cfg.sft_dropout > 0)             # if it must: a mode is one more compiled graph
     loss = mle_gradient(generator, batch, 1 / all_sum(batch.mask.sum()), cfg)
     generator.eval()
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
@@ -318,8 +318,8 @@ def gumbel_step(generator, reference, discriminator, optimizer, batch, roll, lr,
 
 def warm_start(generator, own, train_set, dev_set, enc, out, log, caught, cfg):
     """MLE on gold answers, resumed from out/sft.pt; False if a signal cut it short. Generator and
-    sft.pt end as the network that, at an evaluation, had the least loss on dev; sft.pt keeps `own`,
-    networks by name that have a start of their own, too, so that a resume reads no other file."""
+    sft.pt end as the network that, at an evaluation, had the least loss on dev. `own`, a dict, is a
+    discriminator that does not start as the generator: sft.pt keeps it for a resume."""
     path, optimizer, start, best = out / 'sft.pt', adamw(generator), 0, None
     if cfg.resume and path.exists():
         saved = load_checkpoint(path)
@@ -361,8 +361,8 @@ def train(cfg, caught=()):
     torch.manual_seed(cfg.seed)
     # data and models
     enc, train_set, dev_set = data.load(cfg)
-    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {}
     generator = load_generator(cfg, enc.n_vocab)
+    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {}
     discriminator = load_discriminator(cfg, generator, saved)
     data.check_fit(enc, cfg, init_from=generator.config, d_init_from=discriminator.trunk.config)
     # before it is compiled; whole, for without requires_grad it would have graphs of its own
@@ -375,7 +375,7 @@ def train(cfg, caught=()):
     if not warm_start(generator, own, train_set, dev_set, enc, out, log, caught, cfg):
         return None
     reference.load_state_dict(generator.state_dict())
-    if not own:
+    if not cfg.d_init_from:
         discriminator.trunk.load_state_dict(generator.state_dict())
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)
     stateful = dict(discriminator=discriminator, optimizer=optimizer, d_optimizer=d_optimizer)

@@ -55,7 +55,7 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: '
-                             'change one of them, --[d_]n_embd or --[d_]n_head')
+                             'change one of them')
 
 
 class Rollout(NamedTuple):
@@ -517,6 +517,8 @@ def parse(argv, doc, Config, tiny, bounds, check):
             if not least <= value <= (most or 2 ** 63 - 1):
                 rule = f'from {least} to {most}' if most else f'of at least {least}, below 2^63'
                 raise ValueError(f'--{name} {value}: give a number {rule}')
+    if cfg.d_init_from != 'scratch' and not cfg.resume and any(k[:4] == 'd_n_' for k in given):
+        raise ValueError('--d_n_layer, --d_n_head, --d_n_embd go with --d_init_from scratch')
     if cfg.resume and cfg.overwrite:
         raise ValueError('--resume with --overwrite: give one of them')
     check(cfg)
@@ -614,7 +616,10 @@ def load_gpt(source, of, cfg, n_vocab):
     if source != 'scratch':
         return GPT.from_pretrained(source)
     size = (getattr(cfg, of + name) for name in ('n_layer', 'n_head', 'n_embd'))
-    return GPT(GPTConfig(cfg.max_prompt + cfg.max_response, n_vocab, *size))
+    try:
+        return GPT(GPTConfig(cfg.max_prompt + cfg.max_response, n_vocab, *size))
+    except ValueError as e:
+        raise ValueError(f'--{of}n_embd, --{of}n_head: {e}') from e
 
 
 def load_generator(cfg, n_vocab):
@@ -765,7 +770,7 @@ def settings_to_resume(given, Config):
     if of != Config.script or saved['settings'].keys() - Config.__dataclass_fields__.keys():
         raise ValueError(f'--resume: {file} is of {of}, or of another version: give the --out_dir '
                          f'of a run of {Config.script}.py, as it is now')
-    settings = saved['settings']
+    settings = {**saved['settings'], 'out_dir': given['out_dir']}       # it may be a copy
     if given.get('iters', math.inf) < saved.get('iter', 0):
         raise ValueError(f'--resume with --iters {given["iters"]}: the run is at {saved["iter"]}: '
                          'give as many or more')
@@ -835,7 +840,8 @@ def open_folder(cfg):
     if rank():
         sys.stdout = open(os.devnull, 'w')
     else:
-        old = [name for name in ('ckpt.pt', 'sft.pt', 'metrics.jsonl') if (out / name).exists()]
+        old = [name for name in ('ckpt.pt', 'sft.pt', 'start.pt', 'metrics.jsonl')
+               if (out / name).exists()]
         if old and not (cfg.resume or cfg.overwrite):
             raise ValueError(f'--out_dir {out} holds a run ({old[0]}): give --resume, --overwrite '
                              'or another --out_dir')

@@ -60,7 +60,7 @@ def task_of(sources, args, examples=None):
                              f'{settings["data"]} one of {enc.n_vocab}: give a matching pair')
         if config.block_size < P + R:
             raise ValueError(f'{source} takes {config.block_size} tokens, the prompts and answers '
-                             f'of {first or "GPT-2"} have {P + R}: take one of them')
+                             f'of {first or "GPT-2"} have {P + R}: give another')
     context = settings['context'] if examples is None else args.context is not None
     settings |= {'context': context}
     examples = examples or data.load_examples(settings['data'], 'dev', args.prompts)
@@ -197,7 +197,7 @@ def compare(args):
 def evaluate_run(generator, discriminator, split, enc, cfg):
     """Figures of a generator, and one sampled answer to each prompt, drawn as in a rollout: those
     of `examine`; with a discriminator, of the sampled reward (the mean margin, whatever --reward
-    is), score, d_acc and tie_rate, as a run logs them; Gumbel-softmax logs those of relaxed
+    is), score, gap, d_acc and tie_rate, as a run logs them; Gumbel-softmax logs those of relaxed
     answers, these are of ids."""
     size = cfg.micro_batch * cfg.samples             # with one seed: always the same noise
     args = argparse.Namespace(**vars(cfg) | {'batch_size': size, 'seed': 0, 'top_k': None})
@@ -218,11 +218,13 @@ def report(at, generator, discriminator, split, enc, out, log, cfg):
     figures, texts = evaluate_run(generator, discriminator, split, enc, cfg)
     log({**at, 'dev': figures})
     rows = sorted(range(len(split)), key=lambda i: not split.examples[i]['answers'])
-    for i in rows[:2] + rows[2:][-1:]:               # of both kinds, if there are any
-        example = split.examples[i]
-        said = example['question'], (example['answers'] or [data.UNANSWERABLE])[0], texts[i]
-        cells = [repr(text)[1:-1] for text in said]          # whatever is in it, one line
-        tqdm.write('  {:23.23}  gold: {:28.28}  sampled: {:.28}'.format(*cells))
+    some = [(split.examples[i], texts[i]) for i in rows[:2] + rows[2:][-1:]]     # of both kinds
+    said = [[repr(text)[1:-1] for text in (                  # whatever is in it, one line
+        e['question'], (e['answers'] or [data.UNANSWERABLE])[0], text)] for e, text in some]
+    _, gold, sampled = (min(28, max(map(len, column))) for column in zip(*said))
+    for cells in said:
+        tqdm.write('  {:{q}.{q}}  gold: {:{g}.{g}}  sampled: {:.{s}}'.format(
+            *cells, q=79 - gold - sampled, g=gold, s=sampled))
     if discriminator:
         draw({'this run': read_runs(out)}, out / 'curves.png')
     return figures, texts
@@ -406,7 +408,8 @@ def evaluate(args):
         file = last_checkpoint(args.discriminator)
         saved = load_checkpoint(file) if file else {}
         if 'd_gpt_config' not in saved or not saved['discriminator']['score.weight'].any():
-            raise ValueError(f'{args.discriminator} has no trained discriminator: give a ckpt.pt')
+            raise ValueError(f'{args.discriminator} has no trained discriminator of this version: '
+                             'give a ckpt.pt or start.pt')
         plain = argparse.Namespace(device=args.device, d_dropout=0.0)
         discriminator = load_discriminator(plain, None, saved)
     out = Path(args.out or 'out/evaluation.json')
@@ -528,7 +531,7 @@ PANELS = {  # by what numbers a record: title, and key of a record or, after dev
         'F1 on dev (%)': 'dev f1', 'distinct-2 of sampled answers': 'dev distinct2',
         'longest run of a token': 'longest_run', 'reward on dev (mean margin)': 'dev reward',
         'score of samples less gold': 'dev gap', 'discriminator loss (nats)': 'd_loss',
-        'pairs told apart (running mean)': 'd_acc_mean', 'KL from the warm start (nats)': 'kl'},
+        'pairs told apart (running mean)': 'd_acc_mean', 'KL from warm start (nats/token)': 'kl'},
     'sft_iter': {
         'loss on dev (nats/token)': 'dev loss', 'EM on dev (%)': 'dev em',
         'F1 on dev (%)': 'dev f1', 'F1 of answerable questions (%)': 'dev has_f1',
@@ -561,7 +564,8 @@ def draw(groups, out):
     warm = any('sft_iter' in r for r in every) and not any(r.get('iter') for r in every)
     number, axis = ('sft_iter', 'MLE step') if warm else ('iter', 'iteration')
     shown = [(title, key) for title, key in PANELS[number].items()
-             if any(windows(run, number, key).size for runs in groups.values() for run in runs)]
+             if any(windows(run, number, key).size for runs in groups.values() for run in runs)
+             ] or [*PANELS[number].items()]
     for ax in axes.flat[len(shown):]:
         ax.set_visible(False)
     for i, (ax, (title, key)) in enumerate(zip(axes.flat, shown)):

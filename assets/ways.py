@@ -60,7 +60,7 @@ def row(generator, base, split):
 
 
 def kinds(base, *named):
-    """Rows of networks and of the gold answers' own shares, by whether `one` stands before."""
+    """Rows of networks, by whether `one` stands before."""
     base = model.GPT.from_pretrained(base)
     for (name, file), (one, kind) in ((pair, kind) for pair in sample.names(named) for kind in
                                       ((False, 'without'), (True, 'after'))):
@@ -93,8 +93,8 @@ def grid(*files):
     rows = collections.defaultdict(lambda: collections.defaultdict(dict))
     for file in files:
         for label, seeds in json.loads(Path(file).read_text())['results'].items():
-            for figures in seeds:
-                rows[label.split(', T ')[0]][file][f'T {figures["temperature"]:g}'] = figures[
+            for i, figures in enumerate(seeds):
+                rows[label.split(', T ')[0]][file, i][f'T {figures["temperature"]:g}'] = figures[
                     'sample_em']
     for name, runs in rows.items():
         for figures in runs.values():
