@@ -11,6 +11,7 @@ one thing. A run is its folder or its metrics.jsonl; the folder is its last chec
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -465,10 +466,10 @@ def row_of(f):
         'told apart %': right, 'of all %': right + ties / 100 * (50 - right), 'ties %': ties,
         'distinct-2': f['distinct2'], 'length dist.': f['length_distance'], 'KL': f['kl'],
         'perplexity': f['perplexity']}
-    best = {'chosen': 'F1 chosen', 'any': 'F1 of any', 'possible': 'F1 possible'}
-    for key, name in best.items() if 'best_of' in f else []:
-        row |= {name + group: f['best_of'][key].get(kind + 'f1', np.nan) for kind, group in
-                (('', ''), ('has_', ', HasAns'), ('no_', ', NoAns'))}
+    best = {'chosen': 'chosen', 'any': 'of any', 'possible': 'possible'} if 'best_of' in f else {}
+    for (key, name), metric in itertools.product(best.items(), ('EM', 'F1')):
+        row |= {f'{metric} {name}{group}': f['best_of'][key].get(kind + metric.lower(), np.nan)
+                for kind, group in (('', ''), ('has_', ', HasAns'), ('no_', ', NoAns'))}
     return {header: float(value) for header, value in row.items()}
 
 
