@@ -13,7 +13,8 @@ $ python gumbel.py --device cuda      GPT-2 124M on SQuAD 2.0
 $ python gumbel.py --tiny             a toy, on a CPU, in minutes
 
 Left out on purpose: the score's gradient through later logits, for the generator reads the sampled
-ids (the KL has that gradient, by score function); relaxed samples in evaluation.
+ids (the KL has that gradient, by score function), so that it cannot change the way of an answer,
+which is what --tiny asks for; relaxed samples in evaluation.
 """
 
 import copy

@@ -2321,14 +2321,14 @@ def test_forks_and_controls_of_the_pages():
         assert all(text != said or abs(r - 1) < 1e-6 for text, said, r in
                    zip(texts, np.repeat(gold, 2), rewards.sum(-1).flatten()))
     edits = re.findall(r"""sed (['"])(.*)\1 (\S+) > """, pages[1])
-    for _, edit, file in edits:                      # each one line; few.py is reinforce.py but one
-        text = (HERE / (file if file == 'gumbel.py' else 'reinforce.py')).read_text()
+    for _, edit, file in edits:                      # each one line
+        text = (HERE / file).read_text()
         edited = subprocess.run(['sed', edit], input=text, capture_output=True, text=True).stdout
         (old, *more), new = ([*{*a.splitlines()} - {*b.splitlines()}]
                              for a, b in ((text, edited), (edited, text)))
         turned = [old.replace('return ', 'return -', 1)]
         assert not more and len(new) <= 1 and ('return' not in edit or new == turned), edit
-    assert len(edits) == 5                           # two turned, labels, few, last
+    assert len(edits) == 3                           # two turned, labels
 
 
 def test_figures_of_the_pages_are_those_of_their_files():

@@ -24,7 +24,7 @@ import model
 import reinforce
 import sample
 
-ARGS = argparse.Namespace(device='cpu', dtype='float32', seed=1, top_k=None, batch_size=256,
+ARGS = argparse.Namespace(device='cpu', dtype='float32', seed=1, top_k=None, batch_size=64,
                           micro_batch=64, test_steps=300, test_lr=2e-3, d_dropout=0.0)
 P, R = reinforce.TINY['max_prompt'], reinforce.TINY['max_response']
 ENC = data.load_tokenizer('toy-ways')
