@@ -1593,9 +1593,13 @@ def test_the_first_run_has_a_discriminator_of_its_own():
         start = load_checkpoint(out / 'start.pt')
         assert (start['iter'], start['gpt_config']['n_embd'], start['d_gpt_config']['n_embd']) == (
             2, 16, 64)
-        text = printed('--evaluate', out / 'start.pt', '--best_of', 2, '--discriminator',
-                       out / 'start.pt', '--prompts', 6, '--test_steps', 0, '--out', out / 'x.json')
-        assert 'F1 chosen' in text
+        best, seen = sample.best_of, []
+        with patched(sample, 'best_of', lambda g, d, *a, best=best, seen=seen: (
+                seen.append(d) or best(g, d, *a))):
+            printed('--evaluate', out / 'start.pt', '--best_of', 2, '--discriminator', out /
+                    'start.pt', '--prompts', 6, '--test_steps', 0, '--out', out / 'x.json')
+        chosen_by = seen[0].state_dict()
+        assert all(torch.equal(v, chosen_by[k]) for k, v in start['discriminator'].items())
         for flags in (['--resume', '--d_init_from', 'gpt2'], ['--resume', '--d_n_head', 8]):
             raises(ValueError, [f'{flags[1]} {flags[2]}'], train, script, out, *flags)
     assert train(gumbel, out, '--tiny', '--overwrite', '--iters', 0, '--sft_iters', 1,
