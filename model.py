@@ -588,16 +588,16 @@ def caught_signals(notice):
     """A list that gets the number of each SIGINT, SIGTERM and SIGHUP (not if ignored, as under
     nohup); at the first, rank 0 says the notice. They may come twice, from torchrun, too; but a
     SIGINT later than a second after the first is by hand, and ends the process at once."""
-    caught, times, kept = [], [], {}
+    caught, times, kept, notices = [], [], {}, iter([notice])
 
-    def catch(number, _):
+    def catch(number, _):                            # a second signal may come within it
         times.append(time.monotonic())
         if number == signal.SIGINT and times[-1] > times[0] + 1:
             os._exit(128 + number)
         caught.append(number)
-        if len(caught) == 1 and not rank():
+        for text in notices if not rank() else ():   # once
             with contextlib.suppress(OSError):       # not by print, which may be at work
-                os.write(2, f'\n{notice}\n'.encode())
+                os.write(2, f'\n{text}\n'.encode())
 
     if threading.current_thread() is threading.main_thread():    # no other can catch any
         for name in 'SIGINT', 'SIGTERM', 'SIGHUP':

@@ -2249,6 +2249,20 @@ def test_main_leaves_a_process_as_it_was():
         raises(SystemExit, [], os.kill, os.getpid(), signal.SIGINT)
         leave.assert_called_with(130)
         say.assert_called_once_with(2, b'\nwait\n')
+    for n in range(1, 6):                            # a second one within the first's n-th line
+        lines = iter(range(1, 9))
+
+        def at_a_line(frame, event, _, n=n, lines=lines):
+            if frame.f_code.co_name == 'catch' and event == 'line' and next(lines, 0) == n:
+                os.kill(os.getpid(), signal.SIGHUP)
+            return at_a_line
+
+        with model.caught_signals('wait') as caught, patched(os, 'write') as say:
+            sys.settrace(at_a_line)
+            os.kill(os.getpid(), signal.SIGHUP)
+            sys.settrace(None)
+            assert len(caught) == 2
+        say.assert_called_once_with(2, b'\nwait\n')
 
 
 def test_the_commands_of_the_readme():
