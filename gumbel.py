@@ -84,7 +84,6 @@ class Config:
     d_lr: float = 5e-5               # learning rate of the discriminator
     d_warmup_iters: int = 500        # at most so many iterations until the generator moves
     d_warmup_acc: float = 0.65       # it moves sooner at this running pair accuracy; 1: never
-    d_max_acc: float = 0.9           # above it the discriminator rests; 1: never
     d_dropout: float = 0.1           # of the discriminator, as it learns
     # gumbel
     encoding: Literal['soft', 'hard', 'mixed'] = 'soft'  # relaxed; one-hot; relaxed but for golds
@@ -95,10 +94,10 @@ TINY = dict(
     max_response=9, device='cpu', sft_iters=2000, sft_batch_size=64, sft_lr=2e-2, iters=650,
     batch_size=64, samples=4, micro_batch=64, beta=0.0, anchor=0.0, lr=2e-4,
     d_init_from='scratch', d_n_layer=2, d_n_head=4, d_n_embd=64, d_lr=2e-3,
-    d_warmup_iters=400, d_warmup_acc=1.0, d_max_acc=1.0, d_dropout=0.0, eval_interval=50,
+    d_warmup_iters=400, d_warmup_acc=1.0, d_dropout=0.0, eval_interval=50,
     eval_prompts=500)
 BOUNDS = dict(seed=(0, 2 ** 32 - 1), micro_batch=(0, None), sft_iters=(0, None), iters=(0, None),
-              d_warmup_iters=(0, None), d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1),
+              d_warmup_iters=(0, None), d_warmup_acc=(0, 1), d_dropout=(0, 1),
               sft_dropout=(0, 1), temperature=(.01, 1e9))
 TAU = 1.0, .5                        # temperature of the relaxed samples, first and last
 
@@ -256,23 +255,21 @@ def mle_step(generator, optimizer, train_set, step, cfg):
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
 
 
-def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, tau, rng, cfg):
+def discriminator_step(discriminator, generator, optimizer, batch, roll, tau, rng, cfg):
     """
     Scores the answers, as `encode` shows them, without dropout, and then takes a step on those of
     them that differ from the gold ones.
 
-    learn    False for no step
     returns  dict: d_loss (from before the step, in nats per prefix, None if all tie), d_norm, and
              what `data.told` tells
     """
     where, kept = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes), []
     n_places = all_sum(where.sum()).item()
-    learn = learn and n_places > 0
     for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
         with torch.no_grad():
             answers, mask, _ = encode(generator, part, r, tau, rng, cfg)
             kept.append(score_shown(discriminator.eval(), part, answers, mask, cfg))
-        if learn:
+        if n_places:
             scores = score_shown(discriminator.train(), part, answers, mask, cfg)
             loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * w
             (loss.sum() / n_places).backward()
@@ -280,7 +277,7 @@ def discriminator_step(discriminator, generator, optimizer, batch, roll, learn, 
     scores = torch.cat(kept)
     loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * where
     d_loss = all_sum(loss.sum()) / n_places if n_places else None
-    d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
+    d_norm = update(discriminator, optimizer, cfg.d_lr) if n_places else None
     figures = data.told(*gathered(scores, where.any(-1)))
     return figures | {'d_loss': d_loss, 'd_norm': d_norm}
 
@@ -422,7 +419,6 @@ def train(cfg, caught=()):
         # discriminator step
         moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
-        learn = not moving or running['d_acc'] <= cfg.d_max_acc
         if running['start'] is None:
             running['distinct2'] = min(running['distinct2'], record['distinct2'])
             if moving:
@@ -431,8 +427,8 @@ def train(cfg, caught=()):
                 tqdm.write(f'iteration {it}: the generator begins to move')
         share = (it - running['start']) / (cfg.iters - running['start']) if moving else 0
         tau = TAU[0] + (TAU[1] - TAU[0]) * share
-        record |= discriminator_step(discriminator, generator, d_optimizer, batch, roll, learn, tau,
-                                     rng, cfg)
+        record |= discriminator_step(discriminator, generator, d_optimizer, batch, roll, tau, rng,
+                                     cfg)
         if record['d_acc'] is not None:
             running['d_acc'] = .9 * running['d_acc'] + .1 * record['d_acc']
         record['d_acc_mean'] = running['d_acc']

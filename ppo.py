@@ -80,7 +80,6 @@ class Config:
     d_lr: float = 5e-5               # learning rate of the discriminator
     d_warmup_iters: int = 500        # at most so many iterations until the generator moves
     d_warmup_acc: float = 0.65       # it moves sooner at this running pair accuracy; 1: never
-    d_max_acc: float = 0.9           # above it the discriminator rests; 1: never
     d_dropout: float = 0.1           # of the discriminator, as it learns
     reward: Literal['margin', 'score', 'match', 'random', 'random-score'] = 'margin'  # or a control
     # ppo
@@ -97,10 +96,10 @@ TINY = dict(
     max_response=9, device='cpu', sft_iters=2000, sft_batch_size=64, sft_lr=2e-2, iters=650,
     batch_size=64, samples=4, micro_batch=64, beta=0.0, anchor=0.0, lr=3e-4,
     d_init_from='scratch', d_n_layer=2, d_n_head=4, d_n_embd=64, d_prefixes=False, d_lr=2e-3,
-    d_warmup_iters=400, d_warmup_acc=1.0, d_max_acc=1.0, d_dropout=0.0, eval_interval=50,
+    d_warmup_iters=400, d_warmup_acc=1.0, d_dropout=0.0, eval_interval=50,
     eval_prompts=500, reward='score', minibatch=32, critic_lr=2e-3, pretrain=0.0)
 BOUNDS = dict(seed=(0, 2 ** 32 - 1), micro_batch=(0, None), sft_iters=(0, None), iters=(0, None),
-              d_warmup_iters=(0, None), d_warmup_acc=(0, 1), d_max_acc=(0, 1), d_dropout=(0, 1),
+              d_warmup_iters=(0, None), d_warmup_acc=(0, 1), d_dropout=(0, 1),
               sft_dropout=(0, 1), temperature=(.01, 1e9), clip=(.001, 1e9), lam=(0, 1))
 
 
@@ -244,21 +243,19 @@ def mle_step(generator, optimizer, train_set, step, cfg):
     return {'mle': loss, 'mle_norm': update(generator, optimizer, lr), 'lr': lr}
 
 
-def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
+def discriminator_step(discriminator, optimizer, batch, roll, cfg):
     """
     Scores the answers, without dropout, and then takes a step on the pairs that differ.
 
-    learn    False for no step
     returns  the scores (B, 1 + K, R); dict: d_loss (of them, in nats per prefix, None if all tie),
              d_norm, and what `data.told` tells
     """
     where, kept = compared(roll.response, roll.mask, batch.response, batch.mask, cfg.d_prefixes), []
     n_places = all_sum(where.sum()).item()
-    learn = learn and n_places > 0
     for part, r, w in data.parts(cfg.micro_batch, batch, roll, where):
         with torch.no_grad():
             kept.append(score(discriminator.eval(), part, r, cfg))           # (b, 1 + K, R)
-        if learn:
+        if n_places:
             scores = score(discriminator.train(), part, r, cfg)
             loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * w
             (loss.sum() / n_places).backward()
@@ -266,7 +263,7 @@ def discriminator_step(discriminator, optimizer, batch, roll, learn, cfg):
     scores = torch.cat(kept)
     loss = discriminator_loss(scores[:, :1], scores[:, 1:], cfg.d_loss) * where
     d_loss = all_sum(loss.sum()) / n_places if n_places else None
-    d_norm = update(discriminator, optimizer, cfg.d_lr) if learn else None
+    d_norm = update(discriminator, optimizer, cfg.d_lr) if n_places else None
     figures = data.told(*gathered(scores, where.any(-1)))
     return scores, figures | {'d_loss': d_loss, 'd_norm': d_norm}
 
@@ -484,14 +481,13 @@ def train(cfg, caught=()):
         # discriminator step
         moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
                   or it >= cfg.d_warmup_iters)
-        learn = not moving or running['d_acc'] <= cfg.d_max_acc
         if running['start'] is None:
             running['distinct2'] = min(running['distinct2'], record['distinct2'])
             if moving:
                 running['start'] = it
                 save(out / 'start.pt', generator, log, iter=it, running=running, **stateful)
                 tqdm.write(f'iteration {it}: the generator begins to move')
-        scores, figures = discriminator_step(discriminator, d_optimizer, batch, roll, learn, cfg)
+        scores, figures = discriminator_step(discriminator, d_optimizer, batch, roll, cfg)
         record |= figures
         if record['d_acc'] is not None:
             running['d_acc'] = .9 * running['d_acc'] + .1 * record['d_acc']

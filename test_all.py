@@ -839,7 +839,7 @@ def test_discriminator_gradient_is_that_of_the_objective():
         right = [(a > b).item() for a, b in pairs_by_hand(s, *answers, False)]
         loss = sum(losses) / len(losses)
         wanted = gradient(network, loss)
-        scores, out = reinforce.discriminator_step(network, optimizer, batch, roll, True, cfg)
+        scores, out = reinforce.discriminator_step(network, optimizer, batch, roll, cfg)
         assert (scores - model.hold_last(s, answers[1])).abs().max() < 1e-5
         assert abs(out['score'] - scores[:, 1:, -1].mean()) < 1e-5
         assert abs(out['gap'] - out['score'] + scores[:, 0, -1].mean()) < 1e-5
@@ -848,11 +848,11 @@ def test_discriminator_gradient_is_that_of_the_objective():
         assert abs(out['d_acc'] - np.mean(right)) < 1e-6 and len(right) == 7
 
         ties = Rollout(*(z[:, None].expand(-1, 2, -1) for z in batch[2:]), roll.ended)
-        _, out = reinforce.discriminator_step(network, None, batch, ties, True, cfg)
+        _, out = reinforce.discriminator_step(network, None, batch, ties, cfg)
         assert out.pop('score') and out == {'d_loss': None, 'd_norm': None, 'd_acc': None,
                                             'tie_rate': 1.0, 'gap': 0.0}
         torch.nn.init.zeros_(network.score.weight)
-        _, out = reinforce.discriminator_step(network, None, batch, roll, False, cfg)
+        _, out = reinforce.discriminator_step(network, optimizer, batch, roll, cfg)
         assert out['d_acc'] == .5
 
 
@@ -1045,13 +1045,13 @@ def test_gumbel_steps_take_the_gradient_of_their_parts():
             record = gumbel.gumbel_step(gpt, reference, discriminator, optimizer, batch, roll, 0.,
                                         *more)
             assert all(q.grad is None for q in discriminator.parameters())
-            record |= gumbel.discriminator_step(discriminator, gpt, d_optimizer, batch, roll, True,
-                                                *more)
+            record |= gumbel.discriminator_step(discriminator, gpt, d_optimizer, batch, roll, *more)
+            grad_d = d_optimizer.kept
             assert all(q.grad is None for q in gpt.parameters())
             torch.nn.init.zeros_(discriminator.score.weight)
-            equal = gumbel.discriminator_step(discriminator, gpt, None, batch, roll, False, *more)
+            equal = gumbel.discriminator_step(discriminator, gpt, d_optimizer, batch, roll, *more)
         assert equal['d_acc'] == .5
-        for found, grad in (optimizer.kept, wanted), (d_optimizer.kept, wanted_d):
+        for found, grad in (optimizer.kept, wanted), (grad_d, wanted_d):
             assert (found - grad).abs().max() < 1e-5 and grad.abs().max() > 1e-3
         told = {'g_loss': g_loss, 'kl': kl[roll.mask].mean(), 'mle': -gold.mean(),
                 'd_loss': d_loss, 'd_acc': sum(right) / 7, 'score': score}
@@ -1468,7 +1468,7 @@ def test_a_run_evaluates_the_policy_it_trains():
     roll, batch = rolls[-1], split.batch(range(20))
     for cfg.d_prefixes in False, True:               # one meaning there and in training
         figures, _ = sample.evaluate_run(gpt, network, split, enc, cfg)
-        scores, told = reinforce.discriminator_step(network, None, batch, roll, False, cfg)
+        scores, told = reinforce.discriminator_step(network, Keep(network), batch, roll, cfg)
         told['reward'] = reinforce.reward(scores, batch, roll, cfg).sum().item() / 20
         same = 'reward', 'score', 'gap', 'd_acc', 'tie_rate'
         assert all(abs(figures[k] - told[k]) < 1e-5 for k in same)
@@ -1776,7 +1776,7 @@ def test_a_number_that_is_not_finite_ends_the_run():
             value = kept(*a)
             return tree_map(lambda z: z * math.nan, value) if next(calls) == at else value
 
-        flags = [*SMALL_OF[script], '--iters', '12', '--eval_interval', '1', '--d_max_acc', '1']
+        flags = [*SMALL_OF[script], '--iters', '12', '--eval_interval', '1']
         with patched(script, station, poisoned):
             raises(FloatingPointError, [named, '--resume'], train, script, out, *flags)
         for file in out.glob('*.pt'):
@@ -1850,8 +1850,8 @@ def steps_of_all_scripts(**where):
         found[name, 'mle'] = keeps['g'].kept
         early, late = ([gpt], [.7, None]) if script is gumbel else ([], [])
         with patched(gumbel, 'conditional_noise', fixed_noise), unclipped:
-            told = script.discriminator_step(discriminator, *early, keeps['d'], batch, roll, True,
-                                             *late, cfg)
+            told = script.discriminator_step(discriminator, *early, keeps['d'], batch, roll, *late,
+                                             cfg)
             figures |= told if script is gumbel else told[1]
             found[name, 'd'] = keeps['d'].kept
             if script is reinforce:
@@ -1920,7 +1920,7 @@ def test_two_ranks_have_the_gradient_of_one_and_resume():
 def test_variants_and_extremes_run():
     """One of everything, nothing learned, every answer a tie or without eos, none answerable."""
     poster = ('--no-context --sft_iters 0 --d_loss minimax --no-d_prefixes --samples 1 --reward '
-              'score --baseline mean --beta 0 --anchor 0 --d_warmup_iters 0 --d_max_acc 1 '
+              'score --baseline mean --beta 0 --anchor 0 --d_warmup_iters 0 '
               '--d_dropout 0')
     rows = [(dict, *row) for row in (
         (reinforce, poster), (reinforce, '--reward random'), (reinforce, '--dtype bfloat16'),
