@@ -211,7 +211,8 @@ def bench_train(gpt, args, found, host=False):
     B, V = args.batch[0] // 2, gpt.config.vocab_size - 1
     ids, pad = prompts(B, args, False, V)
     response = torch.randint(0, V, (B, args.response), device=args.device)
-    batch = data.Batch(ids, pad, response, torch.ones_like(response).bool())
+    batch = data.Batch(ids, pad, response, torch.ones_like(response).bool(),
+                       torch.ones_like(pad).bool())
     labels = torch.cat((torch.full_like(ids, -100), response), 1)
     tokens = torch.cat((ids, response), 1)
     peer, runs = twin(gpt, args), {}

@@ -11,6 +11,7 @@ download. Training takes the first gold answer, scoring all of them.
 import collections
 import csv
 import functools
+import hashlib
 import json
 import re
 import string
@@ -30,17 +31,22 @@ UNANSWERABLE = 'unanswerable'       # the response where SQuAD's gold answer is 
 HUB = {'squad_v2': 'rajpurkar/squad_v2', 'squad': 'rajpurkar/squad',
        'adversarial_qa': 'UCLNLP/adversarial_qa'}
 OWN = '.jsonl', '.csv', '.parquet'  # files of rows: prompt, response, maybe context
+LOOK = {'.jsonl': 'a JSON object on each line', '.json': "SQuAD's schema, rows are for .jsonl",
+        '.csv': 'commas between cells, texts with commas in ""'}
 
 
-def load_examples(data, split, n=None):
+def load_examples(data, split, n=None, seen=None):
     """
     One split, train or dev, as a list of dicts: context ('' for none), question, answers (texts, []
-    where unanswerable), and maybe accepts, see `score_answer`.
+    where unanswerable), and maybe answer_start, where in the context the first answer begins, and
+    accepts, see `score_answer`.
 
     data    one of TOYS; NAME or NAME:CONFIG of a set of SQuAD's schema on the hub; a file, one of
-            OWN or .json in SQuAD's schema, every tenth of whose prompts, with its passage, is for
+            OWN or .json in SQuAD's schema, a tenth of whose prompts, drawn by their hash, is for
             dev; or a folder with one such file for either, train.* or train-v2.0.json
-    n       at most so many, evenly spread; a toy set makes as many, beginning with the same
+    n       at most so many, drawn, the same on every call; a toy set makes as many
+    seen    what a model sees of an example, by which a file's prompts are the same or not; by
+            default its texts
     raises  FileNotFoundError, ValueError naming the file and the line
     """
     if data in TOYS:
@@ -56,12 +62,14 @@ def load_examples(data, split, n=None):
         examples = checked(files[0], rows_of(files[0]))
     elif path.suffix in (*OWN, '.json'):
         examples = checked(path, rows_of(path))
-        keys = [(e['question'].strip(), e['context'].strip()) for e in examples]
-        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        if len(number) < 10:
-            raise ValueError(f'{path} has {len(number)} different prompts: give ten or more, or a '
-                             'folder with a train and a dev file')
-        examples = [e for e, k in zip(examples, keys) if (number[k] % 10 == 9) == (split == 'dev')]
+        seen = seen or (lambda e: (e['question'].strip(), e['context'].strip()))
+        keys = [hashlib.sha256(str(seen(e)).encode()).digest() for e in examples]
+        different = sorted({*keys})
+        if len(different) < 10:
+            raise ValueError(f'{path} has {len(different)} different prompts: give ten or more, or '
+                             'a folder with a train and a dev file')
+        dev = {*different[:len(different) // 10]}
+        examples = [e for e, key in zip(examples, keys) if (key in dev) == (split == 'dev')]
     elif path.exists():
         raise ValueError(f'{path} is none of {", ".join(OWN)}: convert or rename it')
     else:
@@ -69,9 +77,11 @@ def load_examples(data, split, n=None):
         rows = load_rows(data, HUB.get(name, name), config or None, split=part)
         examples = checked(data, ((f'row {i}', {
             'prompt': row['question'], 'context': row['context'],
-            'response': row['answers']['text']}) for i, row in enumerate(rows)))
-    n = min(n or len(examples), len(examples))
-    return [examples[i * len(examples) // n] for i in range(n)]
+            'response': row['answers']['text'],
+            'answer_start': [*row['answers'].get('answer_start', ()), None][0]})
+            for i, row in enumerate(rows)))
+    drawn = np.random.default_rng(0).permutation(len(examples))[:n]          # all if n is None
+    return [examples[i] for i in sorted(drawn)]
 
 
 def load_rows(data, *args, **kwargs):
@@ -82,6 +92,8 @@ def load_rows(data, *args, **kwargs):
     try:
         return datasets.load_dataset(*args, **kwargs)
     except Exception as e:
+        if str(e).startswith('Unknown split'):       # and which there are
+            raise ValueError(f'{data}: {e} Save it as a train and a dev file') from e
         what = f'{data} could not be loaded to the cache that HF_HOME names'
         raise FileNotFoundError(f'{what} ({type(e.__cause__ or e).__name__}): offline, give --data '
                                 f'a file ({", ".join(OWN)}) or folder that is here, or toy') from e
@@ -98,7 +110,8 @@ def rows_of(path):
             for p, paragraph in enumerate(article['paragraphs']):
                 for q, qa in enumerate(paragraph['qas']):
                     row = {'prompt': qa['question'], 'context': paragraph['context'],
-                           'response': [x['text'] for x in qa['answers']]}
+                           'response': [x['text'] for x in qa['answers']],
+                           'answer_start': [*(x.get('answer_start') for x in qa['answers']), 0][0]}
                     yield f'article {a}, paragraph {p}, question {q}', row
     else:                           # not by `datasets`, which makes dates of texts
         with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as f:
@@ -111,25 +124,34 @@ def rows_of(path):
 
 def checked(path, rows):
     """The examples of rows with their places, or a ValueError that names the place."""
-    examples, at = [], path
+    examples, kind = [], Path(path).suffix
+    at = f'{path}, after line 1' if kind == '.csv' else path
     try:
         for place, row in rows:
             at = f'{path}, {place}'
             row = json.loads(row.strip()) if isinstance(row, str) else row
+            near = any(str(key).strip().lower() in ('context', 'passage') for key in row)
+            for name in ('prompt', 'response', 'context') if near else ('prompt', 'response'):
+                if name not in row:
+                    raise ValueError(f'no column {name} among {", ".join(map(repr, row))}')
             prompt, said, context = row['prompt'], row['response'], row.get('context') or ''
             answers = said if isinstance(said, list) else [said]         # all right; [] for none
             for text in (prompt, context, *answers):
                 if not isinstance(text, str) or re.search(r'[\ud800-\udfff]', text):
                     raise ValueError(f'{text!r:.60} is no text in UTF-8')
             if not all(map(str.strip, [prompt + context, *answers])) or None in row:
-                raise ValueError('a prompt or a response is empty' if None not in row else
-                                 'more cells than columns: put texts with commas in ""')
+                raise ValueError('more cells than columns' if None in row else
+                                 'a prompt or a response is empty')
             examples.append({'context': context, 'question': prompt, 'answers': answers})
+            start = row.get('answer_start')
+            if answers and type(start) is int and 0 <= start == context.find(answers[0], start):
+                examples[-1]['answer_start'] = start
             at = f'{path}, after {place}'            # what ends a quote that is open, say
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as e:
-        raise ValueError(f'{at}: {f"no {e}" if isinstance(e, KeyError) else e}') from e
+        look = f' ({kind} has {LOOK[kind]})' if kind in LOOK else ''
+        raise ValueError(f'{at}: {f"no {e}" if isinstance(e, KeyError) else e}{look}') from e
     if not examples:
-        raise ValueError(f'{path} has no question (.json has SQuAD\'s schema, .jsonl a row a line)')
+        raise ValueError(f'{path} has no question ({kind} has {LOOK.get(kind)})')
     return examples
 
 
@@ -269,6 +291,7 @@ class Batch(NamedTuple):
     pad: torch.Tensor         # (B,) padding tokens on the left
     response: torch.Tensor    # (B, R) ids of the gold answer and eos, filled up with eos
     mask: torch.Tensor        # (B, R) True up to and including eos
+    ended: torch.Tensor       # (B,) whether the gold answer ends within R
 
 
 def encode_prompt(example, enc, max_prompt, context=True):
@@ -286,7 +309,18 @@ def encode_prompt(example, enc, max_prompt, context=True):
     excess = len(head) + len(body) + len(tail) - max_prompt
     if excess <= 0:
         return head + body + tail, None
-    return (head + body[excess:] + tail)[-max_prompt:], enc.decode(body[excess:])
+    left = enc.decode_bytes(body[excess:]).decode(errors='ignore')       # but for half a character
+    return (head + body[excess:] + tail)[-max_prompt:], left
+
+
+def is_lost(example, left):
+    """Whether the first answer stands in the passage, but not in `left`, the end of it that a cut
+    left: by its answer_start, or without one by whole words."""
+    answer, passage = example['answers'][0].strip(), example['context'].rstrip()
+    if 'answer_start' in example:
+        return len(passage) - example['answer_start'] > len(left)
+    within = re.compile(rf'(?<!\w){re.escape(answer)}(?!\w)').search
+    return bool(within(passage) and not within(left))
 
 
 class Split:
@@ -307,12 +341,12 @@ class Split:
         self.cut_prompts = self.lost_answers = self.cut_responses = 0
         for i, example in enumerate(examples):
             prompt, left = encode_prompt(example, enc, max_prompt, context)
-            answer = example['answers'][0].strip() if example['answers'] else UNANSWERABLE
-            if left is not None:
-                self.cut_prompts += 1
-                if context and answer in example['context'] and answer not in left:
-                    self.lost_answers += bool(example['answers'])
-                    answer = UNANSWERABLE
+            answer = (example['answers'] or [UNANSWERABLE])[0].rstrip()
+            answer = re.sub(r'^ (?=\S)', '', answer)         # but an indentation stays
+            self.cut_prompts += left is not None
+            if context and left is not None and example['answers'] and is_lost(example, left):
+                self.lost_answers += 1
+                answer = UNANSWERABLE
             response = enc.encode_ordinary(' ' + answer) + [enc.eot_token]
             self.cut_responses += len(response) > max_response
             response = response[:max_response]
@@ -323,49 +357,54 @@ class Split:
     def __len__(self):
         return len(self.examples)
 
-    def lost(self):
-        """What to say of answers that the cut took away; '' if there are none."""
+    def digest(self):
+        """A hash of what a model sees of it, prompts and responses, for rows that must be equal."""
+        return hashlib.sha256(self.prompts.tobytes() + self.responses.tobytes()).hexdigest()
+
+    def cuts(self):
+        """What was cut, in words; a warning if most of the gold answers do not end."""
+        (_, P), (N, R) = self.prompts.shape, self.responses.shape
         answers = sum(bool(e['answers']) for e in self.examples)
-        said = f' (which took away {self.lost_answers} of {answers} answers, now {UNANSWERABLE})'
-        return said if self.lost_answers else ''
+        lost = f' (which took away {self.lost_answers} of {answers} answers, now {UNANSWERABLE})'
+        most = ' (most, so no end is learned: train with a higher --max_response)'
+        return (f'{self.cut_prompts} prompts cut to {P} tokens{lost * bool(self.lost_answers)}, '
+                f'{self.cut_responses} answers cut to {R}{most * (2 * self.cut_responses > N)}')
 
     def batch(self, indices, device='cpu'):
         """The Batch of these example numbers, on `device`."""
         columns = np.arange(self.responses.shape[1])
         arrays = (self.prompts[indices].astype(np.int64), self.pads[indices],
                   self.responses[indices].astype(np.int64),
-                  columns < self.lengths[indices][:, None])    # eos is also the filling
+                  columns < self.lengths[indices][:, None],    # eos is also the filling
+                  self.responses[indices, -1] == self.eos)
         tensors = [torch.from_numpy(a) for a in arrays]
         if torch.device(device).type == 'cuda':
             tensors = [t.pin_memory() for t in tensors]
         return Batch(*(t.to(device, non_blocking=True) for t in tensors))
 
 
+def load_split(data, name, enc, max_prompt, max_response, context, n=None):
+    """The Split of `load_examples`; of a file, whose prompts are divided as the model sees them."""
+    def seen(example):
+        return encode_prompt(example, enc, max_prompt, context)[0]
+    return Split(load_examples(data, name, n, seen), enc, max_prompt, max_response, context)
+
+
 def load(cfg):
-    """The tokenizer, the training and the dev Split of a script's Config; says what was cut."""
-    enc, splits = load_tokenizer(cfg.data), []
-    for name in 'train', 'dev':
-        examples = load_examples(cfg.data, name, cfg.eval_prompts if name == 'dev' else None)
-        print(f'tokenizing {len(examples):,} questions', flush=True)
-        split = Split(examples, enc, cfg.max_prompt, cfg.max_response, cfg.context)
-        print(f'{name}: {len(split)} examples, {split.cut_prompts} prompts cut to '
-              f'{cfg.max_prompt} tokens{split.lost()}, {split.cut_responses} answers cut to '
-              f'{cfg.max_response}', flush=True)
+    """The tokenizer, the training and the dev Split of a script's Config; says what was cut, and
+    what of dev is not new."""
+    enc, splits, size = load_tokenizer(cfg.data), [], (cfg.max_prompt, cfg.max_response)
+    for name, n in ('train', None), ('dev', cfg.eval_prompts):
+        print(f'tokenizing {name}', flush=True)
+        split = load_split(cfg.data, name, enc, *size, cfg.context, n)
+        print(f'{name}: {len(split)} examples, {split.cuts()}', flush=True)
         splits.append(split)
+    known, asked = ({*map(bytes, split.prompts)} for split in splits)
+    both, again = len(known & asked), len(splits[1]) - len(asked)
+    if both or again:
+        print(f'dev: prompts that stand in train, too: {both}; repeated: {again}'
+              f'{" (a response may be a list of right ones)" * bool(again)}', flush=True)
     return enc, *splits
-
-
-def check_fit(enc, cfg, **configs):
-    """Raises a ValueError if a GPTConfig, by the flag that names its source, does not fit the
-    tokenizer, or a script's Config."""
-    for flag, config in configs.items():
-        source = f'--{flag} {getattr(cfg, flag)}'
-        if config.vocab_size != enc.n_vocab:
-            raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, --data {cfg.data} '
-                             f'one of {enc.n_vocab}: give a matching pair')
-        if cfg.max_prompt + cfg.max_response > config.block_size:
-            raise ValueError(f'--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} '
-                             f'exceed the block size {config.block_size} of {source}: lower them')
 
 
 def order(n, batch_size, seed, step):
@@ -393,9 +432,11 @@ def parts(n, batch, *groups):
 
 
 def beside_gold(batch, roll):
-    """The gold answer and, after it, the samples of each prompt: ids and mask (B, 1 + K, R)."""
+    """The gold answer and, after it, the samples of each prompt: ids and mask (B, 1 + K, R), and
+    whether each ends (B, 1 + K)."""
     return (torch.cat((batch.response[:, None], roll.response), 1),
-            torch.cat((batch.mask[:, None], roll.mask), 1))
+            torch.cat((batch.mask[:, None], roll.mask), 1),
+            torch.cat((batch.ended[:, None], roll.ended), 1))
 
 
 def load_passages(examples, enc, cfg):
@@ -408,22 +449,24 @@ def load_passages(examples, enc, cfg):
     if not texts:
         print('the data have no passages: --pretrain is off')
         return None
-    ids = [i for text in texts for i in [*enc.encode_ordinary(text), enc.eot_token]]
+    ids = np.concatenate([np.array([*enc.encode_ordinary(text), enc.eot_token], np.int32)
+                          for text in texts])
     ids = np.resize(ids, max(len(ids), length))
     return ids[:len(ids) // length * length].reshape(-1, length)
 
 
 def passage_batch(passages, device):
     """Passages (N, T) as a Batch: each is a prompt of one token, and a response that follows it."""
-    ids = torch.from_numpy(passages).to(device)
-    return Batch(ids[:, :1], torch.zeros_like(ids[:, 0]), ids[:, 1:],
-                 torch.ones_like(ids[:, 1:], dtype=torch.bool))
+    ids = torch.from_numpy(passages).to(device).long()
+    ones = torch.ones_like(ids, dtype=torch.bool)
+    return Batch(ids[:, :1], torch.zeros_like(ids[:, 0]), ids[:, 1:], ones[:, 1:], ~ones[:, 0])
 
 
 def to_text(responses, mask, enc):
-    """Answers as strings of response ids (N, R): what precedes eos, stripped."""
+    """Answers as strings of response ids (N, R): what precedes eos, without the space before it."""
     rows = [r[m].tolist() for r, m in zip(responses.cpu(), mask.cpu())]
-    return [enc.decode([t for t in row if t != enc.eot_token]).strip() for row in rows]
+    texts = [enc.decode([t for t in row if t != enc.eot_token]) for row in rows]
+    return [text.removeprefix(' ').rstrip() for text in texts]
 
 
 # -----------------------------------------------------------------------------

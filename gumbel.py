@@ -28,9 +28,8 @@ from tqdm import tqdm
 import data
 import sample
 from model import (Log, adamw, all_sum, autocast, exponential, gathered, hold_last,
-                   last_checkpoint, load_checkpoint, load_discriminator, load_generator, main,
-                   open_device, open_folder, rank, save, schedule, shard, signalled, uniform,
-                   update, world)
+                   load_checkpoint, load_networks, main, open_device, open_folder, rank, save,
+                   schedule, shard, signalled, uniform, update, world)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -209,10 +208,10 @@ def encode(generator, batch, roll, tau, rng, cfg):
     hard   one-hots with the gradient of the relaxed answer (straight-through, Jang et al. 2017)
     mixed  relaxed samples beside one-hot gold answers: the poster's trap
     """
-    response, mask = data.beside_gold(batch, roll)
+    response, mask, _ = data.beside_gold(batch, roll)
     logits = response_logits(generator, batch, response, cfg)
     onehots = torch.zeros_like(logits).scatter_(-1, response[..., None], 1.0)
-    answers = torch.where(mask[..., None], relax(logits, response, tau, rng), onehots)
+    answers = relax(logits, response, tau, rng)
     if cfg.encoding == 'hard':
         answers = onehots + (answers - answers.detach())
     if cfg.encoding == 'mixed':
@@ -359,20 +358,16 @@ def train(cfg, caught=()):
     torch.manual_seed(cfg.seed)
     # data and models
     enc, train_set, dev_set = data.load(cfg)
-    generator = load_generator(cfg, enc.n_vocab)
-    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {}
-    discriminator = load_discriminator(cfg, generator, saved)
-    data.check_fit(enc, cfg, init_from=generator.config, d_init_from=discriminator.trunk.config)
-    # before it is compiled; whole, for without requires_grad it would have graphs of its own
-    reference = copy.deepcopy(generator)
+    rows = train_set.digest()
+    generator, discriminator, saved = load_networks(cfg, enc.n_vocab, rows)
     if cfg.compile:
         generator.compile()
-    log = Log(out, cfg, given, saved)
+    log = Log(out, cfg, given, saved, rows)
     # warm start
     own = {'discriminator': discriminator} if cfg.d_init_from else {}
     if not warm_start(generator, own, train_set, dev_set, enc, out, log, caught, cfg):
         return None
-    reference.load_state_dict(generator.state_dict())
+    reference = copy.deepcopy(generator)             # with requires_grad, to share its graphs
     if not cfg.d_init_from:
         discriminator.trunk.load_state_dict(generator.state_dict())
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)

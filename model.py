@@ -16,12 +16,14 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import hashlib
 import importlib.util
 import json
 import linecache
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -287,8 +289,8 @@ class GPT(nn.Module):
                              list(self.h.parameters()))
 
     def cache(self, rows, columns):
-        """Keys and values of each layer, (rows, H, columns, D), kept for each shape: a run has its
-        rollouts' and its evaluations'."""
+        """Keys and values of each layer, (rows, H, columns, D), kept for four shapes: a run has
+        its rollouts' and its evaluations'."""
         c, weight = self.config, self.wte.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
@@ -302,12 +304,20 @@ class GPT(nn.Module):
                      for _ in range(c.n_layer)]
             for z in sum(cache, []):
                 torch._dynamo.mark_static_address(z, guard=False)
+            if len(self.caches) == 4:
+                del self.caches[next(iter(self.caches))]
             self.caches[key] = cache
         return self.caches[key]
 
+    def __getstate__(self):
+        """A copy is not compiled: what is belongs to these weights."""
+        compiled = 'logprobs_and_entropy', 'decode', 'pick'
+        state = {k: v for k, v in super().__getstate__().items() if k not in compiled}
+        return state | {'caches': {}, 'low': None}
+
     def compile(self):
         """Compiles in place, for each shape anew: each block (one graph serves all layers) and the
-        loss, on CUDA sampling and, under CUDA graphs, decoding. Copy a model before, not after."""
+        loss, on CUDA sampling and, under CUDA graphs, decoding."""
         for block in self.h:
             block.compile(dynamic=False)
         self.logprobs_and_entropy = torch.compile(self.logprobs_and_entropy, dynamic=False)
@@ -324,7 +334,8 @@ class GPT(nn.Module):
         source  gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 (downloaded); a folder with
                 config.json and model.safetensors, or the latter; a .pt file of ours or of
                 nanoGPT, whose exact GELU is run as the tanh form; a run's folder, for its last
-                checkpoint. Up to 47 tokens beyond GPT-2's 50257 are left out
+                checkpoint. Up to 47 tokens beyond GPT-2's 50257 are left out; a vocab.json or
+                tokenizer.json beside the weights has to be GPT-2's
         raises  FileNotFoundError, ValueError: one sentence with the file and what is wrong with it
         """
         path = download(source) if source in HUB else Path(source)
@@ -407,15 +418,16 @@ def hold_last(scores, mask):
 def margin(scores, response, mask, ended, prefixes=True):
     """
     What a sampled answer is worth beside the gold one, (B, K): tanh((s - s*) / 2), which is
-    2 sigmoid(s - s*) - 1, in [-1, 1]; 0 for the gold answer itself, -1 for one that does not end.
+    2 sigmoid(s - s*) - 1, in [-1, 1]; 0 for the gold answer itself, -1 for one that does not end
+    where the gold answer does.
 
     scores, response, mask  (B, 1 + K, R), the gold answer first; scores as `hold_last` leaves them
-    ended     (B, K) whether eos came within R
+    ended     (B, 1 + K) whether eos came within R
     prefixes  s* is the gold answer's score as far as the sample goes; without, of all of it
     """
     ends = mask[:, 1:].sum(-1) - 1                                           # (B, K) columns
     gold = scores[:, 0].gather(1, ends) if prefixes else scores[:, :1, -1]
-    values = torch.where(ended, ((scores[:, 1:, -1] - gold) / 2).tanh(), -1.0)
+    values = ((scores[:, 1:, -1] - gold) / 2).tanh().where(ended[:, 1:] | ~ended[:, :1], -1.0)
     return torch.where((response[:, 1:] == response[:, :1]).all(-1), 0.0, values)
 
 
@@ -426,6 +438,8 @@ HUB = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-me
        'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl',
        'distilgpt2': 'distilbert/distilgpt2'}
 TURNED = 'c_attn.weight', 'c_fc.weight', 'c_proj.weight'     # (in, out) there, (out, in) here
+# of the tokens in GPT-2's vocab.json with their ids, in this order: see `read_files`
+BPE_SHA256 = '8efac2735c7c394b8055a6fea486f511d485d155a3a5f03475447e494d4eca24'
 FIXED = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
          'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'bias': True}
 
@@ -451,12 +465,22 @@ def read_files(path):
         raise FileNotFoundError(
             f'{path} {"holds no weights" if path.exists() else "not found"}: give one of '
             f'{", ".join(HUB)}, a .pt or .safetensors file, or a folder with model.safetensors')
-    beside = file.with_name('config.json')
+
+    def beside(name):
+        """What a JSON file beside it holds; {} if there is none."""
+        other = file.with_name(name)
+        return dict(json.loads(other.read_text('utf-8-sig'))) if other.is_file() else {}
+
     try:
-        settings = json.loads(beside.read_text(encoding='utf-8-sig')) if beside.is_file() else {}
-        return load_file(file), dict(settings), True
+        settings, tensors = beside('config.json'), load_file(file)
+        tokens = beside('vocab.json') or beside('tokenizer.json').get('model', {}).get('vocab', {})
     except (SafetensorError, ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f'{file} or its config.json is damaged: {ascii(str(e))}') from e
+        raise ValueError(f'{file}, its config.json or tokenizer is damaged: {ascii(str(e))}') from e
+    own = str(sorted((i, token) for token, i in dict(tokens).items())[:50257])
+    if tokens and hashlib.sha256(own.encode()).hexdigest() != BPE_SHA256:
+        raise ValueError(f'{file.parent} has a vocab.json or tokenizer.json of other tokens than '
+                         "GPT-2's BPE, or in another order: give a GPT-2 with that BPE")
+    return tensors, settings, True
 
 
 def read_weights(path):
@@ -554,7 +578,13 @@ def command_line():
           contextlib.redirect_stderr(Output(sys.stderr))):
         try:
             yield
+        except KeyboardInterrupt:
+            sys.exit(130)
         except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as e:
+            last = traceback.extract_tb(e.__traceback__)[-1]
+            ours = last.name == 'check' or Path(last.filename).stem in ('model', 'data', 'sample')
+            if isinstance(e, ValueError) and not (ours and last.line.startswith('raise')):
+                raise                                # no mistake of a user's, one of a fork's code
             # who keeps e, as a notebook does, keeps its frames: their networks, and a folder's lock
             traceback.clear_frames(e.__traceback__)
             if isinstance(e, torch.OutOfMemoryError):
@@ -622,14 +652,44 @@ def load_gpt(source, of, cfg, n_vocab):
         raise ValueError(f'--{of}n_embd, --{of}n_head: {e}') from e
 
 
-def load_generator(cfg, n_vocab):
-    """The generator that --init_from names, or that of the run to resume, on the device."""
-    source = last_checkpoint(cfg.out_dir) if cfg.resume else cfg.init_from
-    generator = load_gpt(source, '', cfg, n_vocab).to(cfg.device).eval()
+def check_fit(source, config, n_vocab, settings):
+    """Raises a ValueError if a GPTConfig does not fit the tokenizer and the settings of a run."""
+    if config.vocab_size != n_vocab:
+        raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, --data '
+                         f'{settings["data"]} one of {n_vocab}: give a matching pair')
+    P, R = settings['max_prompt'], settings['max_response']
+    if P + R > config.block_size:
+        raise ValueError(f'max_prompt {P} + max_response {R} exceed the block size '
+                         f'{config.block_size} of {source}: lower them, or give another')
+
+
+def load_networks(cfg, n_vocab, rows):
+    """The generator and the discriminator that the flags name, or of the run to resume, and its
+    checkpoint or {}. Raises a ValueError if a network fits neither tokenizer nor Config, if ranks
+    begin differently, or if a run would go on with other training rows, of which `rows` is a hash.
+    """
+    file = last_checkpoint(cfg.out_dir) if cfg.resume else None
+    saved = load_checkpoint(file) if file else {}
+    generator = load_gpt(file or cfg.init_from, '', cfg, n_vocab).to(cfg.device).eval()
     for module in generator.modules():
         if isinstance(module, nn.Dropout):
             module.p = cfg.sft_dropout               # in train() mode, the warm start's
-    return generator
+    discriminator = load_discriminator(cfg, generator, saved)
+    for flag, gpt in ('init_from', generator), ('d_init_from', discriminator.trunk):
+        check_fit(f'--{flag} {getattr(cfg, flag)}', gpt.config, n_vocab, vars(cfg))
+    start = [rows, saved.get('sft_iter'), saved.get('iter'), *(
+        sum(p.view(torch.int32).sum().item() for p in network.state_dict().values())
+        for network in (generator, discriminator))]
+    starts = [start] * world()
+    if world() > 1:
+        dist.all_gather_object(starts, start)
+    if any(other != start for other in starts):
+        raise ValueError('the ranks begin with different rows, steps or weights: give all the same '
+                         '--data, --init_from, --d_init_from and --out_dir')
+    if saved.get('rows', rows) != rows:
+        raise ValueError(f'--data {cfg.data} has other rows than the run in {cfg.out_dir} began '
+                         'with: give those, or start another')
+    return generator, discriminator, saved
 
 
 def load_discriminator(cfg, generator, saved):
@@ -672,9 +732,12 @@ def update(network, optimizer, lr):
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), GRAD_CLIP)
     for group in optimizer.param_groups:
         group['lr'] = lr
-    # a fused step leaves out by itself, without a wait, what is not finite; the log ends the run
-    optimizer.found_inf = 1 - norm.isfinite().float()
-    optimizer.step()
+    # a fused step leaves out by itself, without a wait, what is not finite, but not yet on MPS
+    # (pytorch #186360); the log ends the run
+    if norm.device.type != 'mps' or norm.isfinite():
+        optimizer.found_inf = 1 - norm.isfinite().float()
+        optimizer.step()
+        del optimizer.found_inf      # a step of a fork's own has none
     optimizer.zero_grad()            # now: the next network's backward pass needs the memory
     return norm
 
@@ -719,7 +782,7 @@ def signalled(caught):
 # -----------------------------------------------------------------------------
 # a run: checkpoints of tensors and plain values only, device, folder, log
 
-FORMAT = 4                        # of checkpoints: add 1 whenever they come to hold something else
+FORMAT = 5                        # of checkpoints: add 1 whenever they come to hold something else
 SCREEN = {'iter': 'reward gap d_acc kl f1 sample_em sample_f1',
           'sft_iter': 'mle loss f1 sample_em sample_f1'}
 
@@ -737,9 +800,11 @@ def save_checkpoint(path, state):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:             # torch turns some of the first into the second
         part.unlink(missing_ok=True)
-        reason = str(e).splitlines()[0]
-        raise OSError(f'{path} could not be written ({reason}): the one before it is whole, make '
-                      'room and --resume') from e
+        while e.__context__:
+            e = e.__context__                        # the disk's own reason
+        remedy = '--resume' if run_of(path.parent) else '--overwrite'
+        raise OSError(f'{path} could not be written ({str(e).splitlines()[0]}): what was saved '
+                      f'before it stays, make room and give {remedy}') from e
 
 
 def load_checkpoint(path):
@@ -759,11 +824,16 @@ def last_checkpoint(path):
     return next((file for file in files if file.is_file()), None)
 
 
+def run_of(folder):
+    """The checkpoint that a run would go on from, by its folder; None if there is none to go on."""
+    return last_checkpoint(folder) if (Path(folder) / 'sft.pt').exists() else None
+
+
 def settings_to_resume(given, Config):
     """Settings of the run in given['out_dir']; raises a ValueError if it cannot go on by the script
     of the Config, or with the flags given."""
-    file = last_checkpoint(given['out_dir'])
-    if file is None or not file.with_name('sft.pt').exists():    # a run has its warm start, too
+    file = run_of(given['out_dir'])
+    if file is None:
         raise ValueError(f'--resume: no checkpoint sft.pt in {given["out_dir"]}: give another')
     saved = load_checkpoint(file)
     of = saved['script'] if isinstance(saved, dict) and saved.get('format') == FORMAT else 'no run'
@@ -774,8 +844,9 @@ def settings_to_resume(given, Config):
     if given.get('iters', math.inf) < saved.get('iter', 0):
         raise ValueError(f'--resume with --iters {given["iters"]}: the run is at {saved["iter"]}: '
                          'give as many or more')
-    for name in ('init_from data context max_prompt max_response n_layer n_head n_embd sft_iters '
-                 'd_init_from d_n_layer d_n_head d_n_embd'.split()):
+    fixed = ('init_from context max_prompt max_response n_layer n_head n_embd sft_iters '
+             'd_init_from d_n_layer d_n_head d_n_embd').split()
+    for name in fixed + ['eval_prompts'] * ('best' in saved):    # its loss is of these prompts
         if name in given and given[name] != settings[name]:
             raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
                              'leave it, or start another')
@@ -790,8 +861,10 @@ def open_device(cfg):
     if cfg.device == 'auto':
         cfg.device = ('cuda' if torch.cuda.is_available() else
                       'mps' if torch.backends.mps.is_available() else 'cpu')
+    # one alone of these is left over from elsewhere
+    ranks = {'LOCAL_RANK', 'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'} <= {*os.environ}
     try:
-        if 'LOCAL_RANK' in os.environ and cfg.device.startswith('cuda'):
+        if ranks and cfg.device.startswith('cuda'):
             cfg.device = f'cuda:{os.environ["LOCAL_RANK"]}'
         device = torch.empty(1, device=cfg.device).device
         cfg.device = str(device)                     # with its number
@@ -803,15 +876,24 @@ def open_device(cfg):
     if cfg.dtype == 'auto':
         fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.dtype = 'bfloat16' if fast else 'float32'
-    if cfg.compile is None:                          # Windows may have no Triton
-        cfg.compile = cuda and importlib.util.find_spec('triton') is not None
+    wanted = cfg.compile
+    if wanted is None:                               # Windows may have no Triton
+        wanted = cuda and importlib.util.find_spec('triton') is not None
+    compilers = os.environ.get(*(('CC', 'gcc clang') if cuda else ('CXX', 'g++ clang++ cl')))
+    if wanted and not any(map(shutil.which, compilers.split())):
+        if cfg.compile:
+            raise ValueError(f'--compile needs one of: {compilers}; install it, or leave the flag')
+        print(f'not compiled, which needs one of: {compilers}', file=sys.stderr)
+        wanted = False
+    cfg.compile = wanted
     large = cuda and torch.cuda.mem_get_info(device)[1] > 38 * 2 ** 30       # sold as 40 GB
     cfg.micro_batch = cfg.micro_batch or (64 if large else 16)
-    if 'LOCAL_RANK' in os.environ and not dist.is_initialized():
+    if ranks and not dist.is_initialized():
         dist.init_process_group('nccl' if cuda else 'gloo')
-    if not cuda:
+    if cuda:
+        torch.set_float32_matmul_precision('high')                           # TF32
+    else:
         keep_freed_memory()
-    torch.set_float32_matmul_precision('high')                               # TF32 on CUDA
     # a block has a graph for each shape, with gradient and without, of training and evaluations
     torch._dynamo.config.recompile_limit = 64
     for name in 'batch_size', 'sft_batch_size', 'minibatch':
@@ -843,8 +925,9 @@ def open_folder(cfg):
         old = [name for name in ('ckpt.pt', 'sft.pt', 'start.pt', 'metrics.jsonl')
                if (out / name).exists()]
         if old and not (cfg.resume or cfg.overwrite):
-            raise ValueError(f'--out_dir {out} holds a run ({old[0]}): give --resume, --overwrite '
-                             'or another --out_dir')
+            resume = '--resume, ' * bool(run_of(out))
+            raise ValueError(f'--out_dir {out} holds a run ({old[0]}): give {resume}--overwrite or '
+                             'another --out_dir')
         out.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
@@ -861,16 +944,29 @@ def autocast(cfg):
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == 'bfloat16')
 
 
+@contextlib.contextmanager
+def for_readers(what):
+    """What is made here, a copy of the log or a picture of it, is for reading: where it cannot be
+    made, a line says so and the run goes on."""
+    try:
+        yield
+    except Exception as e:           # of any library
+        reason = ' '.join(str(e).split())[:200]
+        print(f'{what} failed, the run goes on: {type(e).__name__}: {reason}', file=sys.stderr)
+
+
 class Log:
     """
     Appends records, dicts, to out_dir/metrics.jsonl, on rank 0, below a header with the config and
     the device that it began on; prints what SCREEN names of evaluations and of every tenth of the
     others. Tensors in one are read here, when all of a step is on its way; a number that is not
     finite is a FloatingPointError. To go on from `saved`, a checkpoint, the file is cut to what it
-    was then. Checkpoints take `settings`, those that `open_device` resolves as `given`.
+    was then. Checkpoints take `settings`, those that `open_device` resolves as `given`, and
+    `rows`, the hash of the training rows.
     """
 
-    def __init__(self, out, cfg, given, saved):
+    def __init__(self, out, cfg, given, saved, rows):
+        self.rows = rows
         size = saved.get('log_size', 0)
         self.path, self.writes, self.script = out / 'metrics.jsonl', not rank(), cfg.script
         self.settings = {**asdict(cfg), **given, 'resume': False, 'overwrite': False}
@@ -920,7 +1016,10 @@ class Log:
         with open(self.path, 'a') as f:
             f.write(json.dumps(record, allow_nan=False) + '\n')
         if self.wandb:
-            self.wandb.log(record)
+            copy, self.wandb = self.wandb, None
+            with for_readers('--wandb'):
+                copy.log(record)
+                self.wandb = copy
         if 'dev' in record or 'seconds' in record and record[stage] % 10 == 0:
             said = [f'{k} {figures[k]:.3g}' for k in SCREEN[stage].split()
                     if figures.get(k) is not None]
@@ -955,6 +1054,6 @@ def save(path, generator, log, **more):
             more['d_gpt_config'] = asdict(more['discriminator'].trunk.config)
         more = {k: z.state_dict() if hasattr(z, 'state_dict') else z for k, z in more.items()}
         save_checkpoint(path, {
-            'format': FORMAT, 'script': log.script, 'settings': log.settings,
+            'format': FORMAT, 'script': log.script, 'settings': log.settings, 'rows': log.rows,
             'model': generator.state_dict(), 'gpt_config': asdict(generator.config),
             'log_size': log.path.stat().st_size, **more})

@@ -24,9 +24,8 @@ from tqdm import tqdm
 import data
 import sample
 from model import (Discriminator, Log, adamw, all_sum, autocast, gathered, hold_last,
-                   last_checkpoint, linear_in_float32, load_checkpoint, load_discriminator,
-                   load_generator, main, margin, open_device, open_folder, rank, save, schedule,
-                   shard, signalled, update, world)
+                   linear_in_float32, load_checkpoint, load_networks, main, margin, open_device,
+                   open_folder, rank, save, schedule, shard, signalled, update, world)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -190,7 +189,7 @@ def value_loss(values, old_values, returns, mask, clip):
 def score(discriminator, batch, roll, cfg):
     """Scores s_t, logits, of the gold answer and, after it, the samples of each prompt:
     (B, 1 + K, R), where an answer that is over keeps its last."""
-    response, mask = data.beside_gold(batch, roll)
+    response, mask, _ = data.beside_gold(batch, roll)
     with autocast(cfg):
         return hold_last(discriminator(batch.prompt, batch.pad, response), mask)
 
@@ -204,7 +203,7 @@ def reward(scores, batch, roll, cfg):
     match   0 for the gold answer, -1 else: a control that reads no score
     random, random-score  margins or scores dealt out at random among a rank's samples: controls
     """
-    values = margin(scores, *data.beside_gold(batch, roll), roll.ended, cfg.d_prefixes)  # (B, K)
+    values = margin(scores, *data.beside_gold(batch, roll), cfg.d_prefixes)      # (B, K)
     if cfg.reward.endswith('score'):
         values = scores[:, 1:, -1]
     if cfg.reward == 'match':
@@ -418,21 +417,17 @@ def train(cfg, caught=()):
     torch.manual_seed(cfg.seed)
     # data and models
     enc, train_set, dev_set = data.load(cfg)
-    generator = load_generator(cfg, enc.n_vocab)
-    saved = load_checkpoint(last_checkpoint(out)) if cfg.resume else {}
-    discriminator = load_discriminator(cfg, generator, saved)
-    data.check_fit(enc, cfg, init_from=generator.config, d_init_from=discriminator.trunk.config)
+    rows = train_set.digest()
+    generator, discriminator, saved = load_networks(cfg, enc.n_vocab, rows)
     passages = data.load_passages(train_set.examples, enc, cfg) if cfg.pretrain else None
-    # before it is compiled; whole, for without requires_grad it would have graphs of its own
-    reference = copy.deepcopy(generator)
     if cfg.compile:
         generator.compile()
-    log = Log(out, cfg, given, saved)
+    log = Log(out, cfg, given, saved, rows)
     # warm start
     own = {'discriminator': discriminator} if cfg.d_init_from else {}
     if not warm_start(generator, own, train_set, dev_set, enc, out, log, caught, cfg):
         return None
-    reference.load_state_dict(generator.state_dict())
+    reference = copy.deepcopy(generator)             # with requires_grad, to share its graphs
     if not cfg.d_init_from:
         discriminator.trunk.load_state_dict(generator.state_dict())
     critic = Critic(discriminator.trunk).to(cfg.device).eval()

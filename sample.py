@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (GPT, Discriminator, all_sum, autocast, command_line, hold_last,
-                   keep_freed_memory, last_checkpoint, load_checkpoint, load_discriminator,
-                   margin, open_device, parse_known, rank, update)
+from model import (GPT, Discriminator, all_sum, autocast, check_fit, command_line, for_readers,
+                   hold_last, keep_freed_memory, last_checkpoint, load_checkpoint,
+                   load_discriminator, margin, open_device, parse_known, rank, update)
 
 JUDGES, PAIRS = 3, 200           # fresh discriminators to a figure; fewer pairs are not judged
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32, temperature=1.0)
@@ -56,19 +56,13 @@ def task_of(sources, args, examples=None):
     enc = data.load_tokenizer(settings['data'])
     P, R = settings['max_prompt'], settings['max_response']
     for source, config in configs.items():
-        if config.vocab_size != enc.n_vocab:
-            raise ValueError(f'{source} has a vocabulary of {config.vocab_size}, --data '
-                             f'{settings["data"]} one of {enc.n_vocab}: give a matching pair')
-        if config.block_size < P + R:
-            raise ValueError(f'{source} takes {config.block_size} tokens, the prompts and answers '
-                             f'of {first or "GPT-2"} have {P + R}: give another')
+        check_fit(source, config, enc.n_vocab, settings)
     context = settings['context'] if examples is None else args.context is not None
     settings |= {'context': context}
-    examples = examples or data.load_examples(settings['data'], 'dev', args.prompts)
-    split = data.Split(examples, enc, P, R, context)
-    if split.cut_prompts:
-        print(f'{split.cut_prompts} of {len(split)} prompts cut to {P} tokens from the left'
-              f'{split.lost()}', file=sys.stderr)
+    split = (data.Split(examples, enc, P, R, context) if examples else
+             data.load_split(settings['data'], 'dev', enc, P, R, context, args.prompts))
+    if split.cut_prompts or not examples and split.cut_responses:
+        print(f'of {len(split)} examples {split.cuts()}', file=sys.stderr)
     return enc, split, settings
 
 
@@ -134,7 +128,7 @@ def gold_loss(generator, split, args):
         batch = split.batch(rows, args.device)
         with autocast(args):
             logprobs, _ = generator.response_logprobs(*batch[:2], batch.response[:, None])
-        losses.append(-(logprobs[:, 0] * batch.mask).sum(1).double().cpu())
+        losses.append(-(logprobs[:, 0] * batch.mask).sum(1).cpu().double())
     return torch.cat(losses)[:len(split)].sum().item() / int(split.lengths.sum())
 
 
@@ -208,7 +202,7 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     gold = split.batch(range(len(split)), cfg.device)
     pairs = [torch.stack(z, 1) for z in ((gold.response, response), (gold.mask, mask))]
     scores = scores_of(discriminator, split, batches(split, size), *pairs, args)[:len(split)]
-    worth = margin(scores, *pairs, response[:, -1:] == split.eos, cfg.d_prefixes)
+    worth = margin(scores, *pairs, pairs[0][..., -1] == split.eos, cfg.d_prefixes)
     differ = (gold.response != response).any(1, keepdim=True)
     return figures | {'reward': worth.mean().item(), **data.told(scores, differ)}, texts
 
@@ -227,7 +221,8 @@ def report(at, generator, discriminator, split, enc, out, log, cfg):
         tqdm.write('  {:{q}.{q}}  gold: {:{g}.{g}}  sampled: {:.{s}}'.format(
             *cells, q=79 - gold - sampled, g=gold, s=sampled))
     if discriminator:
-        draw({'this run': read_runs(out)}, out / 'curves.png')
+        with for_readers(out / 'curves.png'):
+            draw({'this run': read_runs(out)}, out / 'curves.png')
     return figures, texts
 
 
@@ -252,7 +247,8 @@ def finish(reference, generator, discriminator, split, enc, out, log, cfg):
     warm, warm_texts = evaluate_run(reference, discriminator, split, enc, cfg)
     tuned, texts = report({'iter': cfg.iters}, generator, discriminator, split, enc, out, log, cfg)
     answers = ('warm start', warm_texts), ('tuned', texts)
-    (out / 'samples.txt').write_text(side_by_side(split.examples[:20], answers), encoding='utf-8')
+    with for_readers(out / 'samples.txt'):
+        (out / 'samples.txt').write_text(side_by_side(split.examples[:20], answers), 'utf-8')
     figures = {'warm start': warm, 'tuned': tuned}
     columns = {'em': 'EM', 'f1': 'F1', 'sample_em': 'EM sampled', 'sample_f1': 'F1 sampled',
                'reward': 'reward', 'gap': 'gap', 'd_acc': 'd_acc', 'distinct2': 'distinct-2'}
@@ -362,7 +358,7 @@ def drift(generator, base, split, temperature, args):
                 g.head(g.response_hidden(batch.prompt, batch.pad, response[rows][:, None])
                        / temperature).log_softmax(-1) for g in (generator, base))
         kl = (logp.exp() * (logp - base_logp)).sum(-1)[:, 0] * mask[rows]    # (n, R)
-        sums.append(kl.sum(1).double().cpu())
+        sums.append(kl.sum(1).cpu().double())
     return torch.cat(sums)[:len(split)].sum().item() / mask.sum().item()
 
 
@@ -435,6 +431,7 @@ def evaluate(args):
             test = ('{pairs} pairs that differ, {ties} ties; ' + test).format(**f['fresh'])
             print(f'\n{label}, at {temperature}: {", ".join(row)}\n  {test}', flush=True)
             write_json(out, {'setup': setup, 'results': results})
+    print(f'\nwritten: {out}')
 
 
 def write_json(path, value):
@@ -599,7 +596,12 @@ def plot(args):
     groups = {}
     for name, path in names(args.plot):
         groups.setdefault(name, []).extend(read_runs(path))
-    draw(groups, Path(args.out or 'out/curves.png'))
+    out = Path(args.out or 'out/curves.png')
+    try:
+        draw(groups, out)
+    except (ValueError, RuntimeError) as e:          # of matplotlib: a format, a font
+        raise ValueError(f'{out} could not be drawn: {" ".join(str(e).split())}') from e
+    print(f'written: {out}')
 
 
 FLAGS = {  # as argparse takes them

@@ -2,6 +2,7 @@
 Everything checked, on a CPU and offline: `python test_all.py [parts of names]`, or pytest.
 """
 
+import argparse
 import ast
 import collections
 import contextlib
@@ -129,7 +130,7 @@ def case(script, *flags, K=2, dtype=torch.float32, device='cpu', activations='fl
     response[1, -1, 3] = 5                           # one does not end
     roll = Rollout(response, torch.arange(4) <= ends, (response == 12).any(-1))
     gold[0], gold_mask[0], gold[1, 0] = roll.response[0, 0], roll.mask[0, 0], roll.response[1, 0, 0]
-    batch = data.Batch(prompt, pad, gold, gold_mask)
+    batch = data.Batch(prompt, pad, gold, gold_mask, (gold == 12).any(-1))
     batch, roll = (type(group)(*(z.to(device) for z in group)) for group in (batch, roll))
     return cfg, *(network.to(device, dtype) for network in networks), batch, roll
 
@@ -286,6 +287,26 @@ def test_cached_generation_equals_uncached():
         assert roll.mask.sum(-1).min() < 4 and roll.mask.sum(-1).max() > 6
 
 
+def test_a_copy_of_a_compiled_gpt_is_its_own():
+    gpt, prompt, pad = tiny_gpt(), torch.ones(2, 3).long(), torch.zeros(2).long()
+    answers = prompt, pad, torch.ones(2, 1, 2).long()
+    gpt.generate(prompt, pad, 2, 12)
+    gpt.compile()
+    gpt.low = [1]                                    # as on CUDA
+    other, wanted = copy.deepcopy(gpt), tiny_gpt(1)
+    other.load_state_dict(wanted.state_dict())
+    assert torch.equal(other.response_logprobs(*answers)[0], wanted.response_logprobs(*answers)[0])
+    assert gpt.caches and not other.caches and other.low is None
+
+
+def test_few_caches_are_kept():
+    gpt, pad = tiny_gpt(), torch.zeros(2).long()
+    for P in range(1, 21):
+        gpt.generate(torch.ones(2, P).long(), pad, 2, 12)
+        assert len(gpt.caches) == min(P, 4)
+    assert (2, 2, 22, 4) in [shape for shape, *_ in gpt.caches]              # the last
+
+
 def test_checkpoints_are_read_or_refused_by_name():
     """OpenAI's layout, transformers', nanoGPT's; strictly, and nothing in them is executed."""
     gpt, path = tiny_gpt(vocab_size=50257), folder('files')
@@ -303,7 +324,7 @@ def test_checkpoints_are_read_or_refused_by_name():
             file.write_bytes(content)
         else:
             (torch.save if file.suffix == '.pt' else model.save_file)(content, file)
-        return file.parent if name in ('model.safetensors', 'config.json') else file
+        return file if file.suffix == '.pt' or 'one' in name or 'filled' in name else file.parent
 
     def is_read(source):
         read = GPT.from_pretrained(source).state_dict()
@@ -325,6 +346,19 @@ def test_checkpoints_are_read_or_refused_by_name():
         def __reduce__(self):
             return os.system, (f'touch {path / "canary"}',)
 
+    bpe = []                                         # GPT-2's own, as its vocab.json has it
+    if SHARED.is_dir():
+        enc, plain = data.load_tokenizer('squad'), [*range(33, 127), *range(161, 173),
+                                                    *range(174, 256)]
+        letters = {b: chr(b) for b in plain}             # of bytes; the others from 256 on
+        letters |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*plain}))}
+        bpe = [''.join(letters[b] for b in enc.decode_single_token_bytes(i)) for i in range(50257)]
+        assert bpe[262] == 'Ġthe'
+    ids = {token: i for i, token in enumerate(bpe)}
+
+    def vocab(ids, name='vocab.json'):
+        return name, json.dumps({'model': {'vocab': ids}} if name[0] == 't' else ids).encode()
+
     save_checkpoint(path / 'whole', {'x': torch.arange(1000)})
     whole, single = (path / 'whole').read_bytes(), 'model.safetensors'
     for name, content, *words in (                   # without words it is read
@@ -335,6 +369,12 @@ def test_checkpoints_are_read_or_refused_by_name():
             *(('filled.safetensors', {**weights, 'wte.weight': wte, 'lm_head.weight': wte * 1})
               for wte in (F.pad(weights['wte.weight'], (0, 0, 0, n), value=1.) for n in (1, 47))),
             *(('ckpt.pt', nanogpt(at)) for at in ('', '_orig_mod.', 'module._orig_mod.')),
+            *(vocab(ids | more, name) for name in ('vocab.json', 'tokenizer.json') if bpe
+              for more in ({}, {'[PAD]': 50257})),
+            *((*vocab(wrong, name), 'tokenizer.json', "GPT-2's BPE") for name in (
+                'vocab.json', 'tokenizer.json') for wrong in (
+                {'Ġel': 262, 'Ġthe': 263}, ids | {'Ġthe': 286, 'Ġof': 262})),
+            ('vocab.json', b'[1]', 'damaged'), ('tokenizer.json', b'{"model": 1}', 'whole'),
             (single, without('h.0.ln_1.bias', weights), 'Missing', 'h.0.ln_1.bias'),
             (single, without('wpe.weight', weights), 'wpe.weight'),
             (single, {**weights, 'h.0.extra': torch.ones(2)}, 'Unexpected', 'h.0.extra'),
@@ -362,17 +402,30 @@ def test_checkpoints_are_read_or_refused_by_name():
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint():
+    """For the disk's own reason, and with advice that works."""
     path, sizes = folder('atomic') / 'ckpt.pt', resource.getrlimit(resource.RLIMIT_FSIZE)
     save_checkpoint(path, {'x': 1})
+    path.with_name('sft.pt').touch()
     kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50000, sizes[1]))             # as a full disk does
     try:
-        raises(OSError, [str(path), 'could not be written', 'whole', '--resume'], save_checkpoint,
-               path, {'x': torch.zeros(100000)})
+        raises(OSError, [str(path), 'File too large', 'stays', '--resume'], save_checkpoint, path,
+               {'x': torch.zeros(100000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
         signal.signal(signal.SIGXFSZ, kept)
-    assert load_checkpoint(path) == {'x': 1} and os.listdir(path.parent) == ['ckpt.pt']
+    assert load_checkpoint(path) == {'x': 1} and not [*path.parent.glob('*.part')]
+    out = folder('full disk')
+    run = shlex.join([sys.executable, reinforce.__file__, *SMALL, '--out_dir', str(out)])
+    said = subprocess.run(['bash', '-c', f'ulimit -f 20; {run}'], capture_output=True, text=True,
+                          timeout=300)
+    assert said.returncode == 1 and 'Traceback' not in said.stderr
+    last = said.stderr.splitlines()[-1]
+    assert 'sft.pt' in last and 'File too large' in last and last.endswith('--overwrite'), last
+    assert os.listdir(out) and not [*out.glob('*.pt*')]
+    raises(ValueError, ['metrics.jsonl', 'give --overwrite or'], train, reinforce, out, *SMALL)
+    assert train(reinforce, out, *SMALL, '--overwrite')
+    raises(ValueError, ['give --resume, --overwrite'], train, reinforce, out, *SMALL)
 
 
 # -----------------------------------------------------------------------------
@@ -461,7 +514,7 @@ def test_what_is_right_in_toy_ways():
     found = []
     for rows in np.flatnonzero(~free)[:10 * 64].reshape(-1, 64):             # of one way alone
         roll, gold = split.batch(rows), split.batch(rng.integers(3000, size=64))
-        found.append(data.health(*(z[:, None] for z in roll[2:]), torch.ones(64, 1), *gold[2:]))
+        found.append(data.health(*(z[:, None] for z in roll[2:4]), torch.ones(64, 1), *gold[2:4]))
     assert not any(data.sick(f, 1.) for f in found) and max(f['distinct2'] for f in found) < .9
 
 
@@ -481,7 +534,7 @@ def test_the_cut_of_a_prompt_tells_nothing():
         tail = ' '.join(['', *end]) + f'\n{ask}' if P > 3 else ' Who ?\n[ANSWER]'
         assert enc.decode([*cut]).endswith(tail)
         split = data.Split(examples, enc, P, 20)
-        found = data.to_text(*split.batch(range(5))[2:], enc)
+        found = data.to_text(*split.batch(range(5))[2:4], enc)
         kept = [answer, data.UNANSWERABLE, words[-1]] if end else [data.UNANSWERABLE] * 3
         assert found == [*kept, 'Otto Falk', data.UNANSWERABLE]              # Otto Falk is nowhere
         assert (split.cut_prompts, split.lost_answers) == (5, 1 if end else 3)
@@ -491,6 +544,28 @@ def test_the_cut_of_a_prompt_tells_nothing():
         assert not data.Split(examples, enc, 999, 9, **given).lost_answers
     split = data.Split(examples, enc, 3, 2, context=False)
     assert (split.cut_prompts, split.lost_answers, split.cut_responses) == (5, 0, 2)
+    # a word is a word, not a part of one; where SQuAD says it stands wins
+    boats = 60 * ' The boat left .'
+    for passage, said, start, lost in (
+            ('yesterday was warm .' + boats, 'yes', None, False),
+            ('part of it .' + boats, 'art', None, False), ('17 left .' + boats, '17', 0, True),
+            ('17 was 517 .' + boats, '17', None, True),
+            ('17 left .' + boats + ' 517 yards .', '17', None, True),
+            ('17 left .' + boats + ' 17 yards .', '17', None, False),
+            ('17 left .' + boats + ' 17 yards .', '17', 0, True),
+            (boats + ' 517 yards .', '17', len(boats) + 2, False)):
+        example = {'context': f' {passage} ', 'question': 'How many ?', 'answers': [said]}
+        example |= {} if start is None else {'answer_start': start + 1}
+        split = data.Split([example], enc, 128, 20)
+        found, = data.to_text(*split.batch([0])[2:4], enc)
+        assert (found == data.UNANSWERABLE) == split.lost_answers == lost, (passage[:30], found)
+    example = {'context': 'ab cd ', 'answers': ['cd'], 'answer_start': 3}
+    assert data.is_lost(example, 'd') and not data.is_lost(example, 'cd')
+    example = {'context': 'Ada ' + '😀' * 30, 'question': '?', 'answers': ['😀' * 5]}
+    example['answer_start'] = 29
+    for P in range(25, 45):                          # half a character holds no answer
+        split, left = data.Split([example], enc, P, 40), data.encode_prompt(example, enc, P)[1]
+        assert split.lost_answers == (left.count('😀') < 5) and set(left) <= {'😀'}
 
 
 def test_batches_are_ordered_padded_and_masked():
@@ -514,6 +589,19 @@ def test_batches_are_ordered_padded_and_masked():
         assert enc.decode(batch.response[row, :n].tolist()) == f' {answer}<|endoftext|>'
         assert (batch.response[row, n:] == enc.eot_token).all() and not batch.mask[row, n:].any()
         assert data.to_text(batch.response, batch.mask, enc)[row] == answer
+    assert batch.ended.all() and ('--max_response' in split.cuts()) is False
+    said = ['    if x:\n        y', ' Oslo ', '\tx', 'a b c d e f g h i']
+    own = [{'context': '', 'question': '?', 'answers': [text]} for text in said]
+    split = data.Split(own, enc, 45, 22)
+    batch = split.batch(range(4))                    # an indentation stays, a single space does not
+    assert data.to_text(batch.response, batch.mask, enc) == [said[0], 'Oslo', *said[2:]]
+    hashes = [data.Split([own[0] | change], enc, 45, 22).digest()
+              for change in ({}, {'question': '? ?'}, {'answers': ['x']}, {})]
+    assert hashes[0] == hashes[3] and len({*hashes}) == 3
+    split = data.Split(own, enc, 45, 5)
+    assert split.batch(range(4)).ended.tolist() == [False, True, True, False]
+    assert '2 answers cut to 5' in split.cuts() and '--max_response' not in split.cuts()
+    assert '--max_response' in data.Split(own[:1] + own[2:], enc, 45, 5).cuts()
 
 
 def test_diversity_figures():
@@ -532,6 +620,10 @@ def test_passages_are_packed():
     assert rows.shape == (len(ids) // 4, 4) and rows.flatten().tolist() == ids[:rows.size]
     cfg.max_prompt = 98
     assert data.load_passages(examples, enc, cfg).tolist() == [(99 * ids)[:99]]
+    tokens = unittest.mock.Mock(wraps=np.resize)     # of an array, not of a list of integers
+    with patched(np, 'resize', tokens):
+        data.load_passages(examples, enc, cfg)
+    assert tokens.call_args[0][0].dtype == np.int32
 
 
 def test_rows_are_read_as_they_are_or_named():
@@ -562,13 +654,21 @@ def test_rows_are_read_as_they_are_or_named():
                            ({'answers': [{'text': ' '}]}, 'empty')):
         raises(ValueError, ['dev-v2.0.json', *words], squad, **change)
     raises(ValueError, ['article 0, paragraph 0, question 0: '], squad, answers=[{'text': 0}])
+    starts = [squad(answers=[{'text': 'Ada', 'answer_start': at}])[0].get('answer_start')
+              for at in (0, 1, -5, 9, None, 'x')]    # only what is true is taken
+    assert starts == [0, None, None, None, None, None]
 
     lines = '\n'.join(map(json.dumps, good)) + '\n\n'                      # 9, and an empty one
-    last, = read('a.jsonl', lines + '{"prompt": " ? ", "response": [], "context": null}', 'dev')
-    assert last == {'context': '', 'question': ' ? ', 'answers': []}
+    last = lines + '{"prompt": " ? ", "response": [], "context": null}'
+    assert {'context': '', 'question': ' ? ', 'answers': []} in (
+        read('a.jsonl', last) + read('a.jsonl', last, 'dev'))
     for row, word in (
-            ('{"prompt": "?"', 'delimiter'), ('{"prompt": "?"}', "no 'response'"), ('[1]', 'list'),
-            ('{"prompt": "?", "response": ""}', 'empty'), ('"x"', 'string'),
+            ('{"prompt": "?"', 'delimiter'),
+            ('{"prompt": "?"}', "no column response among 'prompt'"),
+            ('[1]', 'a JSON object on each line'), ('[', 'a JSON object on each line'),
+            ('{"prompt": "?", "response": ""}', 'empty'), ('"x"', 'no column prompt'), ('1', 'int'),
+            ('{"prompt": "?", "response": "a", "Context": "b"}', 'no column context among'),
+            ('{"prompt": "?", "response": "a", "passage": "b"}', "'passage'"),
             ('{"prompt": "?", "response": ["a", " "]}', 'empty'), ('[' * 99999, 'recursion'),
             ('{"prompt": "", "response": "a"}', 'empty'), (b'{"prompt": "\xe9", "response": "a"}',
                                                            'UTF-8'),
@@ -577,16 +677,22 @@ def test_rows_are_read_as_they_are_or_named():
         raises(ValueError, ['x.jsonl, line 11: ', word], read, 'x.jsonl', lines.encode() + row)
     kept = '1901 001 NA null 1.0 2020-01-01 True nan é'.split()
     table = 'prompt,response\n' + ''.join(f'{i} ?,{text}\n' for i, text in enumerate(kept))
-    found = read('a.csv', '\ufeff' + table + '"a,\nb","c, ""d"""\n')
-    assert [e['answers'] for e in found] == [[text] for text in kept]
+    found = [e for split in ('train', 'dev')
+             for e in read('a.csv', '\ufeff' + table + '"a,\nb","c, ""d"""\n', split)]
+    assert len(found) == 10 and all([text] in [e['answers'] for e in found]
+                                    for text in [*kept, 'c, "d"'])
     for rows, line, word in (
             ('"a\nb",c\n?,Paris, France\n', 13, 'more cells'), ('?,\n', 11, 'empty'),
             ('?\n', 11, 'None')):
         raises(ValueError, [f'x.csv, line {line}: ', word], read, 'x.csv', table + rows)
     raises(ValueError, ['after line 10: ', 'end of data'], read, 'x.csv', table + '?,"a\n?,b\n')
-    raises(ValueError, ['line 2: ', "no 'prompt'"], read, 'x.csv', 'prompt;response\na;b\n')
+    raises(ValueError, ['after line 1: ', 'end of data'], read, 'x.csv', table[:16] + '?,"a\n?,b\n')
+    for mark in ';\t':                               # what there is, and what should be
+        raises(ValueError, ['line 2: ', f'no column prompt among {f"prompt{mark}response"!r}',
+                            'commas'], read, 'x.csv', f'prompt{mark}response\na{mark}b\n')
     for name, text, word in (('x.csv', '', 'no question'), ('x.jsonl', lines, '9 different'),
                              ('x.json', '{"data": [', 'x.json: '), ('x.json', '[{}]', '.jsonl'),
+                             ('x.json', lines, 'rows are for .jsonl'),
                              ('x.json', '{"data": []}', 'no question')):
         raises(ValueError, [name, word], read, name, text)
     raises(FileNotFoundError, ['x.parquet', 'Arrow'], read, 'x.parquet', 'no table')
@@ -605,10 +711,62 @@ def test_rows_are_read_as_they_are_or_named():
             'adversarial_qa:adversarialQA', 'UCLNLP/adversarial_qa', 'adversarialQA')):
         with patched(datasets, 'load_dataset', return_value=rows) as load:
             assert data.load_examples(name, 'dev') == [
-                {'context': 'Ada .', 'question': 'Who?', 'answers': ['Ada', 'ada']}]
+                {'context': 'Ada .', 'question': 'Who?', 'answers': ['Ada', 'ada'],
+                 'answer_start': 0}]
         load.assert_called_once_with(*asked, split='validation')
     with patched(datasets, 'load_dataset', return_value=[{'text': 'x'}]):
         raises(ValueError, ['a/b', "no 'question'"], data.load_examples, 'a/b', 'train')
+    (at / 'y.jsonl').write_text(lines)
+    load = datasets.load_dataset
+    with patched(datasets, 'load_dataset', lambda *a, split: load(     # its own words
+            'json', data_files=str(at / 'y.jsonl'), split=split)):
+        raises(ValueError, ['a/b', "'train'", 'validation'], data.load_examples, 'a/b', 'dev')
+
+
+def test_a_split_is_drawn_and_divides_what_a_model_sees():
+    """Rows in a regular order, rows that `--no-context` or the cut makes alike; where the split is
+    given, how many are alike is said."""
+    at, enc = folder('regular'), data.load_tokenizer('toy')
+    kinds = 'Who What Where When Why'.split()
+    own = [{'prompt': f'{kinds[i % 5]} {i} ?', 'response': [str(i)] * (i % 2)} for i in range(1000)]
+    path = str(at / 'own.jsonl')
+
+    def write(rows, name='own'):
+        (at / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+
+    write(own)
+    dev, train = (data.load_examples(path, name) for name in ('dev', 'train'))
+    count = collections.Counter(e['question'].split()[0] for e in dev)
+    assert len(dev) == 100 and all(5 <= count[kind] <= 40 for kind in kinds), count
+    assert dev == data.load_examples(path, 'dev')
+    assert len({e['question'] for e in dev + train}) == len(dev + train) == 1000
+    write(own[:990])                                 # what was for training is, without ten rows
+    assert len({e['question'] for e in data.load_examples(path, 'dev')}
+               - {e['question'] for e in dev}) <= 2
+    write([{**own[i % 1000], 'prompt': f'{i} ?'} for i in range(4000)], 'dev')
+    some = data.load_examples(str(at), 'dev', 2000)
+    assert .4 < np.mean([bool(e['answers']) for e in some]) < .6 and len(some) == 2000
+    assert [e['question'] for e in some] == sorted((e['question'] for e in some),
+                                                   key=lambda q: int(q[:-2]))
+    fewer = data.load_examples(str(at), 'dev', 10)
+    assert len(fewer) == 10 and all(e in some for e in fewer)
+
+    place = [f'{first} {last} .' for first in data.FIRST for last in data.LAST]
+    write([{'prompt': f'{kinds[i % 4]} {i % 14 // 7} {i % 25} ?', 'response': 'a',
+            'context': place[i]} for i in range(200)])
+    for P, context in (40, False), (9, True), (40, True):
+        sides = [data.load_split(path, name, enc, P, 6, context) for name in ('train', 'dev')]
+        seen = [{*map(bytes, split.prompts)} for split in sides]
+        assert all(seen) and not seen[0] & seen[1] and sum(map(len, sides)) == 200
+        assert len(seen[1]) == len(seen[0] | seen[1]) // 10
+    write([{'prompt': '1 ?', 'response': 'a'}, {'prompt': '7 ?', 'response': 'b'}], 'train')
+    write([{'prompt': f'{i} ?', 'response': 'a'} for i in (1, 1, 2, 3)], 'dev')
+    cfg = parse(reinforce, '--data', at, '--max_prompt', 20)
+    with contextlib.redirect_stdout(io.StringIO()) as said, patched(data, 'load_tokenizer',
+                                                                    lambda _: enc):
+        data.load(cfg)
+    assert 'in train, too: 1; repeated: 1 (' in said.getvalue()
+    assert 'list' in said.getvalue()
 
 
 def test_data_of_ones_own():
@@ -624,10 +782,11 @@ def test_data_of_ones_own():
         f'{row["prompt"]},{" ".join(row["response"]) or "no"}\n' for row in rows))
     a, b = (data.load_examples(f'{at}/my.{kind}', 'train') for kind in ('jsonl', 'parquet'))
     dev = data.load_examples(f'{at}/my.jsonl', 'dev')
-    assert a == b and (len(a), len(dev)) == (30, 3) and dev[0]['question'] == rows[9]['prompt']
-    split, wanted = data.Split(a, enc, 26, 6), f'|[QUESTION] {rows[0]["prompt"]}\n[ANSWER]'
+    assert a == b and (len(a), len(dev)) == (30, 3)
+    split, wanted = data.Split(a, enc, 26, 6), f'|[QUESTION] {a[0]["question"]}\n[ANSWER]'
     assert enc.decode(split.prompts[0].tolist()).replace('<|endoftext|>', '|').endswith(wanted)
-    assert not split.cut_prompts and len({*sample.groups_of(split)}) == 30   # none share a passage
+    assert split.cut_prompts == sum('? ?' in e['question'] for e in a)
+    assert len({*sample.groups_of(split)}) == 30                 # none share a passage
     twice = [dict(rows[i % 27], context=['', 'Ada .'][i // 27]) for i in range(54)] + rows
     (at / 'twice.jsonl').write_text('\n'.join(map(json.dumps, twice)))
     parts = [{(e['question'], e['context']) for e in data.load_examples(f'{at}/twice.jsonl', name)}
@@ -657,17 +816,16 @@ def test_real_squad():
     enc, files = data.load_tokenizer('squad'), str(SHARED / 'squad')
     dev, train = (data.load_examples(files, split) for split in ('dev', 'train'))
     assert len(dev) == 1895 and sum(not e['answers'] for e in dev) == 914
-    some = data.load_examples(files, 'dev', 1000)    # evenly spread
-    assert len(some) == 1000 and some[0] == dev[0] and some[-1] in dev[-3:]
+    assert sum('answer_start' in e for e in dev) == 981      # of all that are answerable
     split = data.Split(train, enc, 256, 32)
     has = np.array([bool(e['answers']) for e in train])
     cut = np.array([data.encode_prompt(e, enc, 256)[1] is not None for e in train])
     ends = np.array([f'{e["context"].strip()}\n[QUESTION]'[-30:] in enc.decode(p.tolist())
                      for e, p in zip(train, split.prompts)])
     assert ends.all() and cut[has].sum() > 1000 and cut[~has].sum() > 500    # of either class
-    responses = data.to_text(*split.batch(np.flatnonzero(has))[2:], enc)
+    responses = data.to_text(*split.batch(np.flatnonzero(has))[2:4], enc)
     assert split.lost_answers == responses.count(data.UNANSWERABLE)
-    assert .03 < split.lost_answers / has.sum() < .04
+    assert .04 < split.lost_answers / has.sum() < .05      # where the first place counts
 
 
 # -----------------------------------------------------------------------------
@@ -766,21 +924,26 @@ def test_reinforce_step_takes_the_gradient_of_its_parts():
 
 
 def test_a_reward_is_the_margin_to_the_gold_answer():
-    """That of a tie is 0, if it does not end, too; that of others that do not end -1, but the score
-    is the score; those dealt at random are the same, elsewhere; a match reads no score."""
-    for kind, prefixes in (('margin', True), ('margin', False), ('score', True), ('random', True),
-                           ('random-score', False), ('match', True)):
+    """That of a tie is 0, if it does not end, too; that of others that do not end -1, if the gold
+    answer does, but the score is the score; those dealt at random are the same, elsewhere; a match
+    reads no score."""
+    for kind, prefixes, ends_gold in (('margin', True, True), ('margin', False, True),
+                                ('margin', True, False), ('score', True, True),
+                                ('random', True, True), ('random-score', False, True),
+                                ('match', True, True)):
         cfg, _, _, network, batch, roll = case(reinforce, '--micro_batch', '3', '--reward', kind)
         cfg.d_prefixes = prefixes
         roll.response[3, 0], roll.mask[3, 0], roll.ended[3, 0] = 7, True, False      # a tie
         batch.response[3], batch.mask[3] = 7, True
+        batch.ended[1] = ends_gold                   # where the gold answer does not end, either
         s = plain_scores(network, *batch[:2], roll.response)
         s_gold = plain_scores(network, *batch[:2], batch.response[:, None])[:, 0]
         last, gold_last = roll.mask.sum(-1) - 1, batch.mask.sum(-1, keepdim=True) - 1
         ends = s.gather(-1, last[..., None])[..., 0]
         until = torch.minimum(last, gold_last) if prefixes else gold_last.expand(-1, 2)
         worth = 2 / (1 + (s_gold.gather(1, until) - ends).exp()) - 1
-        worth[1, 1], worth[0, 0], worth[3, 0] = -1, 0, 0     # one does not end, two are ties
+        worth[0, 0], worth[3, 0] = 0, 0              # two are ties, and one does not end
+        worth[1, 1] = worth[1, 1] if not ends_gold else -1
         if kind == 'match':
             worth = torch.full((4, 2), -1.).index_put((torch.tensor([0, 3]), torch.tensor(0)),
                                                       torch.tensor(0.))
@@ -831,7 +994,7 @@ def test_discriminator_gradient_is_that_of_the_objective():
     for kind, prefixes in itertools.product(('minimax', 'pair'), (False, True)):
         cfg, _, _, network, batch, roll = case(reinforce, '--d_loss', kind, '--micro_batch', '3')
         cfg.d_prefixes, optimizer = prefixes, Keep(network)
-        answers = data.beside_gold(batch, roll)
+        answers = data.beside_gold(batch, roll)[:2]
         s = plain_scores(network, *batch[:2], answers[0])
         losses = [-torch.log(torch.sigmoid(a - b)) if kind == 'pair' else
                   -torch.log(torch.sigmoid(a)) - torch.log(1 - torch.sigmoid(b))
@@ -847,7 +1010,7 @@ def test_discriminator_gradient_is_that_of_the_objective():
         assert abs(out['d_loss'] - loss.item()) < 1e-5 and abs(out['tie_rate'] - 1 / 8) < 1e-6
         assert abs(out['d_acc'] - np.mean(right)) < 1e-6 and len(right) == 7
 
-        ties = Rollout(*(z[:, None].expand(-1, 2, -1) for z in batch[2:]), roll.ended)
+        ties = Rollout(*(z[:, None].expand(-1, 2, -1) for z in batch[2:4]), roll.ended)
         _, out = reinforce.discriminator_step(network, None, batch, ties, cfg)
         assert out.pop('score') and out == {'d_loss': None, 'd_norm': None, 'd_acc': None,
                                             'tie_rate': 1.0, 'gap': 0.0}
@@ -964,7 +1127,8 @@ def test_ppo_takes_its_gradient_from_scores_to_both_networks():
 
 def test_ppo_takes_minibatches_and_stops_early():
     """The update that would go too far is not taken, by either network, and not counted."""
-    for limit, updates in (1e-7, 1), (1e9, 6):       # the first ratio is 1, the second is not
+    # the first ratio is 1, the second is not; the first update is taken in any case
+    for limit, updates in (1e-7, 1), (1e9, 6), (-1., 1):
         cfg, policy, reference, critic, batch, roll, rewards, _, passages = ppo_case(
             '--epochs', '3', '--minibatch', '2', '--pretrain', '0', '--anchor', '.1')
         optimizers, running = [model.adamw(net) for net in (policy, critic)], {'updates': 0}
@@ -1013,7 +1177,7 @@ def test_gumbel_steps_take_the_gradient_of_their_parts():
         cfg, gpt, reference, discriminator, batch, roll = case(
             gumbel, '--micro_batch', '3', '--beta', '.3', '--encoding', encoding, '--temperature',
             '.5', '--anchor', '.4')
-        response, mask = data.beside_gold(batch, roll)
+        response, mask, _ = data.beside_gold(batch, roll)
         logits, ref_logits = (torch.stack([
             net(*in_rows(*batch[:2], response[..., :t]))[:, -1].view(4, 3, 13) / .5
             for t in range(4)], 2) for net in (gpt, reference))
@@ -1178,7 +1342,7 @@ def judging(steps):
 
 def test_a_fresh_discriminator_is_right():
     """Two draws of the same human answers are told apart half the time, a planted token always."""
-    split, (_, _, fake, mask), enc = people(1200, 1)
+    split, (_, _, fake, mask, _), enc = people(1200, 1)
     trunk, hidden, rows = tiny_gpt(vocab_size=enc.n_vocab, n_embd=32, block_size=40), GPT.hidden, []
 
     def watched(self, x, *args):
@@ -1423,21 +1587,21 @@ def test_each_is_judged_with_its_own_prompts_or_refused():
                 said = refused(words, *flags)
                 assert ('give --' in said) == (name in ('data', 'temperature')), said
     printed('--compare', plain, other, '--temperature', '.7', '--prompts', '2')
-    for size, said in (dict(vocab_size=60000), 'has a vocabulary of 60000, --data toy'), (
-            dict(vocab_size=data.load_tokenizer('toy').n_vocab, block_size=30), 'takes 30 tokens'):
+    for size, *said in ((dict(vocab_size=60000), 'has a vocabulary of 60000, --data toy'), (
+            dict(vocab_size=data.load_tokenizer('toy').n_vocab, block_size=30), '26', 'size 30')):
         tiny_gpt(**size).save_pretrained(at / 'gpt')
-        refused([f'{at}/gpt {said}'], '--compare', plain, at / 'gpt')
-    refused(['takes 30 tokens', 'of GPT-2 have 288'], '--compare', at / 'gpt', '--data', 'toy')
+        refused([f'{at}/gpt', *said], '--compare', plain, at / 'gpt')
+    refused(['size 30', '256 + max_response 32'], '--compare', at / 'gpt', '--data', 'toy')
 
     # of one name, all are kept; written as they come, with whatever is wrong with one said before
     named = f'W={plain}', f'P={plain}', f'P={run}/ckpt.pt'
-    printed('--evaluate', *named, *few)
+    assert printed('--evaluate', *named, *few).endswith(f'written: {at}/judged.json\n')
     found = json.loads((at / 'judged.json').read_text())['results']
     assert [f['source'] for f in found['P']] == [plain, f'{run}/ckpt.pt']
     text = printed('--compare', *named, '--prompts', '2')
     assert text.count('P         ') == 4 and text.count('W         ') == 2, text
     figures, = found['W']
-    fails = unittest.mock.Mock(side_effect=[figures, figures, ValueError('the third')])
+    fails = unittest.mock.Mock(side_effect=[figures, figures, OSError('the third')])
     with patched(sample, 'judge', fails):
         assert refused([], '--evaluate', *named, *few) == 'the third'
         assert json.loads((at / 'judged.json').read_text())['results'].keys() == {'W', 'P'}
@@ -1465,14 +1629,18 @@ def test_a_run_evaluates_the_policy_it_trains():
         figures, sampled = sample.evaluate_run(gpt, network, split, enc, cfg)
     assert set(seen) == {(0, None), (.01, None)} and figures['sample_f1'] == figures['f1']
     assert sampled == data.to_text(*sample.answer(gpt, split, 0, args), enc)
-    roll, batch = rolls[-1], split.batch(range(20))
-    for cfg.d_prefixes in False, True:               # one meaning there and in training
-        figures, _ = sample.evaluate_run(gpt, network, split, enc, cfg)
+    for cfg.d_prefixes, R in (False, 6), (True, 6), (True, 2):   # one meaning there and in training
+        split = data.Split(split.examples, enc, 30, R)           # some gold answers do not end in 2
+        with patched(GPT, 'generate', watched):
+            figures, _ = sample.evaluate_run(gpt, network, split, enc, cfg)
+        roll, batch = rolls[-1], split.batch(range(20))
+        assert batch.ended.all() == (R == 6) and batch.ended.any() and not roll.ended.any()
         scores, told = reinforce.discriminator_step(network, Keep(network), batch, roll, cfg)
         told['reward'] = reinforce.reward(scores, batch, roll, cfg).sum().item() / 20
         same = 'reward', 'score', 'gap', 'd_acc', 'tie_rate'
         assert all(abs(figures[k] - told[k]) < 1e-5 for k in same)
 
+    split, *_ = people(20)
     gpt.ln_f.bias.data[0], gpt.wte.weight.data[enc.eot_token, 0], cfg.temperature = 60., 9., 1.
     for n in 6, 11, 20:
         cfg.micro_batch, cfg.samples, args.batch_size = n, 1, n
@@ -1582,6 +1750,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
             assert abs(saved['running']['baseline'] - mean) < 1e-9 and mean != later[0]
 
 
+def test_a_run_goes_on_where_its_data_are_now():
+    """If they are the same rows; its warm start, too. If not, a sentence, wherever they are."""
+    at, enc = folder('moved data'), data.load_tokenizer('toy')
+    rows = [{'prompt': f'Who {i} ?', 'response': str(i)} for i in range(40)]
+    (at / 'old.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    (at / 'other.jsonl').write_text('\n'.join(map(json.dumps, rows[:39])))
+    with patched(data, 'load_tokenizer', lambda _: enc):
+        for stage in ('score', 1), ('mle', 1):
+            out = folder('moved data/run')
+            cut_short(reinforce, out, *SMALL, '--data', at / 'old.jsonl', at=stage)
+            (at / 'old.jsonl').rename(at / 'new.jsonl')
+            raises(FileNotFoundError, ['old.jsonl'], train, reinforce, out, '--resume')
+            raises(ValueError, ['--data', 'other.jsonl has other rows'], train, reinforce, out,
+                   '--resume', '--data', at / 'other.jsonl')
+            assert train(reinforce, out, '--resume', '--data', at / 'new.jsonl')
+            (at / 'new.jsonl').rename(at / 'old.jsonl')
+
+
 def test_the_first_run_has_a_discriminator_of_its_own():
     """That of --tiny, of each script; where the generator begins to move both are kept, and the one
     chooses among the other's samples."""
@@ -1647,8 +1833,11 @@ def test_the_warm_start_ends_with_its_best():
         train(reinforce, whole, *flags)
         cut_short(reinforce, parts, *flags, at=('mle', 5))
         assert load_checkpoint(parts / 'sft.pt')['best']['loss'] == 1
+        raises(ValueError, ['--eval_prompts 9', 'has 12'], parse, reinforce, '--out_dir', parts,
+               '--resume', '--eval_prompts', 9)      # losses of other prompts do not compare
         train(reinforce, parts, '--resume')
     ended_alike(whole, parts)
+    assert parse(reinforce, '--out_dir', parts, '--resume', '--eval_prompts', 9).eval_prompts == 9
     found = {r['sft_iter']: r['dev'] for r in records(whole) if 'sft_iter' in r and 'dev' in r}
     assert {step: dev['loss'] for step, dev in found.items()} == losses and 'f1' in found[7]
     for file in 'sft.pt', 'ckpt.pt':
@@ -1661,7 +1850,7 @@ def test_the_warm_start_ends_with_its_best():
         cfg.resume, split = False, data.Split(data.load_examples('toy', 'dev', 20),
                                               data.load_tokenizer('toy'), 26, 6)
         torch.manual_seed(0)
-        gpt = model.load_generator(cfg, data.load_tokenizer('toy').n_vocab)
+        gpt, _, _ = model.load_networks(cfg, data.load_tokenizer('toy').n_vocab, '')
         loss = sample.gold_loss(gpt, split, SimpleNamespace(**vars(cfg) | {'dtype': 'float32'}))
         found.append((reinforce.mle_step(gpt, Keep(gpt), split, 0, cfg)['mle'].item(), loss))
         assert not gpt.training
@@ -1685,6 +1874,37 @@ def test_wandb_gets_the_records():
         wandb.finish()
     assert [{k: v for k, v in r.items() if k != 'seconds'} for r in logged] == records(out)
     assert list(out.glob('wandb/offline-run-*/*.wandb'))
+
+
+def test_what_is_for_readers_ends_no_run():
+    """wandb that fails, pictures and texts that cannot be written: a line each, and a whole run."""
+    class Killed:
+        def log(self, record):
+            calls.append(record)
+            if len(calls) == 3:
+                raise BrokenPipeError('the service\nis gone')
+
+    out, calls = folder('for readers'), []
+    (out / 'curves.png').mkdir()
+    (out / 'samples.txt').mkdir()
+    wandb = SimpleNamespace(init=lambda **_: Killed())
+    with (unittest.mock.patch.dict(sys.modules, wandb=wandb), patched(data, 'TOYS', FEW),
+          contextlib.redirect_stderr(io.StringIO()) as err):
+        flags = [*SMALL, '--iters', '2', '--wandb', '--out_dir', out]
+        assert reinforce.train(parse(reinforce, *flags))
+    said = [line for line in err.getvalue().splitlines() if 'the run goes on' in line]
+    assert len(calls) == 3 and records(out)[-1].keys() == {'final'}
+    assert [line.split(' failed')[0] for line in said] == [
+        '--wandb', *[f'{out}/curves.png'] * 2, f'{out}/samples.txt'], said
+    assert said[0].endswith('BrokenPipeError: the service is gone')
+    import matplotlib
+    with matplotlib.rc_context({'text.usetex': True}), patched(shutil, 'which', lambda *_: None):
+        raises(ValueError, ['could not be drawn'], sample.plot, SimpleNamespace(
+            plot=[str(out)], out=out / 'x.what'))
+        if not shutil.which('latex'):
+            raises(ValueError, ['could not be drawn'], sample.plot, SimpleNamespace(
+                plot=[str(out)], out=out / 'x.png'))
+    assert printed('--plot', out, '--out', out / 'x.png') == f'written: {out}/x.png\n'
 
 
 def test_the_learning_rate_is_reached():
@@ -1715,6 +1935,12 @@ def test_the_learning_rate_is_reached():
     network.weight.grad = torch.ones(1, 1)           # but the next one is
     model.update(network, optimizer, .1)
     assert network.weight.item() != before[0]['weight'].item()
+    for bad in math.nan, 1.:                         # nor is a fork's own step in the way of it
+        before, network.weight.grad = network.weight.item(), torch.full((1, 1), bad)
+        model.update(network, optimizer, .1)
+    before, network.weight.grad = network.weight.item(), torch.ones(1, 1)
+    optimizer.step()
+    assert network.weight.item() != before and not hasattr(optimizer, 'found_inf')
 
 
 def test_a_killed_run_ends_as_if_it_never_was():
@@ -1866,7 +2092,7 @@ def steps_of_all_scripts(**where):
                 figures |= gumbel.gumbel_step(gpt, reference, discriminator, keeps['g'], batch,
                                               roll, 0., .7, None, cfg)
         found[name, 'g'] = keeps['g'].kept
-        found[name, 'figures'] = figures | data.health(*model.gathered(*roll, *batch[2:]))
+        found[name, 'figures'] = figures | data.health(*model.gathered(*roll, *batch[2:4]))
     return found
 
 
@@ -1898,6 +2124,11 @@ def as_rank(rank, path):
         cut_short(script, parts, *SMALL_OF[script], *OWN_D)
         for out in parts, of_one:
             train(script, out, '--resume')
+        own = (whole, of_one)[rank]                  # what each begins with has to be the same
+        new, sets = (path / 'other', *SMALL_OF[script]), ('toy', 'toy-varied')
+        for out, *flags in ((own, '--resume', '--iters', 9), (*new, '--seed', rank),
+                            (*new, '--data', sets[rank])):
+            raises(ValueError, ['ranks begin', '--init_from'], train, script, out, *flags)
     dist.destroy_process_group()
 
 
@@ -2035,7 +2266,7 @@ def test_no_share_of_unanswerable_is_a_collapse():
     def healthy(share):
         gold, said = split.batch(rng.integers(2000, size=128)), rng.choice(np.flatnonzero(has), 128)
         roll = split.batch(np.where(rng.random(128) < share, np.flatnonzero(~has)[0], said))
-        return data.health(*(z[:, None] for z in roll[2:]), roll.mask[:, :1], *gold[2:])
+        return data.health(*(z[:, None] for z in roll[2:4]), roll.mask[:, :1], *gold[2:4])
 
     for share in 0, .33, .75, .8, .9, .97, 1:
         start = min(healthy(share)['distinct2'] for _ in range(40))
@@ -2069,18 +2300,19 @@ def test_a_mistake_is_one_sentence():
             (reinforce, '--tiny --init_from gone.bin', ['gone.bin not found', '.safetensors']),
             (reinforce, '--tiny --init_from gpt2', ['gpt2', 'offline', 'HF_HOME']),
             (reinforce, f'--tiny --data toy --init_from {run}/sft.pt --max_prompt 99',
-             ['--max_prompt 99', 'block size 32', '--init_from']),
+             ['max_prompt 99', 'block size 32', '--init_from']),
             (reinforce, f'--tiny --d_init_from {run}/sft.pt',
              [f'--d_init_from {run}/sft.pt has a vocabulary']),
             (reinforce, f'--device cpu --data toy --init_from scratch --d_init_from {run}',
-             ['--max_response 32', 'block size 32 of --d_init_from']),
-            (reinforce, f'--tiny --out_dir {full}', [str(full), '--resume', '--overwrite']),
+             ['max_response 32', 'block size 32 of --d_init_from']),
+            (reinforce, f'--tiny --out_dir {full}', [str(full), 'give --overwrite or']),
             (reinforce, f'--tiny --out_dir {full}/metrics.jsonl/below', ['metrics.jsonl']),
             (reinforce, f'--resume --out_dir {full}/gone', ['--resume', 'no checkpoint']),
             *((reinforce, f'{goes_on} --{name} {value}', [f'--{name} {value}', f'has {has}'])
-              for name, value, has in (('n_embd', 32, 16), ('max_response', 7, 6), ('data', 'x',
-                                       'toy'), ('max_prompt', 9, 26), ('sft_iters', 9, 4),
+              for name, value, has in (('n_embd', 32, 16), ('max_response', 7, 6),
+                                       ('max_prompt', 9, 26), ('sft_iters', 9, 4),
                                        ('d_n_embd', 9, 768))),
+            (reinforce, f'{goes_on} --data toy-varied', ['--data toy-varied', 'other rows']),
             (reinforce, f'--iters 3 --out_dir {later} --resume', ['--iters 3', 'is at 4']),
             (reinforce, f'{goes_on} --init_from gpt2', ['--init_from gpt2', 'has scratch']),
             (reinforce, f'--resume --out_dir {lost}', [str(lost), 'no checkpoint sft.pt']),
@@ -2119,6 +2351,25 @@ def test_a_mistake_is_one_sentence():
         words = ['out of memory', 'GiB', '--micro_batch']
         raises(SystemExit, words, model.main, *command_line(reinforce), full, ['--tiny'])
         raises(SystemExit, words, sample.main, f'{ask} x'.split())
+    # what the code says of a user's mistake is a sentence; a fork's own mistakes have their place
+    at = folder('mistaken')
+    for old, new, end in (
+            ('    rewards = reward(', "    raise ValueError('mine')", 'mine'),
+            ('    rewards = reward(', '    a, b = 1, 2, 3', 'unpack'),
+            ('if cfg.baseline', "raise ValueError('mine')", None)):
+        new += '\n' + ' ' * (8 if end else 4) + old.strip()
+        (at / 'fork.py').write_text((HERE / 'reinforce.py').read_text().replace(old, new))
+        spec = importlib.util.spec_from_file_location('fork', at / 'fork.py')
+        fork = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(fork)
+        raises(ValueError if end else SystemExit, [end or 'mine'], model.main, *command_line(fork),
+               fork.train, [*SMALL, '--iters', '1', '--sft_iters', '0', '--out_dir', f'{at}/run',
+                            '--overwrite'])
+    interrupted = unittest.mock.Mock(side_effect=KeyboardInterrupt)
+    for call, *flags in ((model.main, *command_line(reinforce), None, ['--tiny']),
+                         (sample.main, ['--table', 'x']), (bench.main, [])):
+        with patched(argparse.ArgumentParser, 'parse_known_args', interrupted):
+            raises(SystemExit, ['130'], call, *flags)
 
 
 def test_every_flag_refuses_what_it_cannot_take():
@@ -2273,7 +2524,7 @@ def test_the_commands_of_the_readme():
     done = command('reinforce.py', *SMALL, '--out_dir', out, env=env)
     said = done.stdout
     assert max(map(len, said.splitlines())) <= 100
-    for line in (r'warm start +[\d.]+.*\ntuned +[\d.]+.*', 'tokenizing 8,000 questions',
+    for line in (r'warm start +[\d.]+.*\ntuned +[\d.]+.*', 'tokenizing train',
                  r'sft_iter 0  loss \S+  f1 \S+  sample_em \S+  sample_f1 \S+  on dev',
                  r'sft_iter 0  mle \S+  \S+ s',
                  'head start: the generator rests until d_acc 0.93 or iteration 1',
@@ -2510,14 +2761,15 @@ class Gpu(TorchDispatchMode):
         if not ours and not there:
             return func(*args, **kwargs)
         rng = kwargs.get('generator')
-        assert rng is None or rng._cdata in self.rngs, f'{func}: a generator of another device'
+        if rng is not None and rng._cdata not in self.rngs:      # pytest adds lines to an assert
+            raise AssertionError(f'{func}: a generator of another device')
         away = ours and device is not None and not there
         by_mask = op in self.indexing and any(z is not None and z.dtype == torch.bool
                                               for z in args[1])
         if op in self.indexing:
             assert isinstance(args[0], Pretend), f'{func}: indices of another device'
-        elif op is not aten.copy_ and ours:
-            assert not any(z.dim() for z in others), f'{func}: operands on two devices'
+        elif op is not aten.copy_ and ours and any(z.dim() for z in others):
+            raise AssertionError(f'{func}: operands on two devices')
         if (op in self.reads or away or by_mask
                 or ours and others and op in (aten.copy_, *self.indexing)):
             self.waits[str(op)] += 1
@@ -2580,6 +2832,32 @@ def test_flags_left_to_auto_take_what_the_gpu_has():
         assert reinforce.Config(**before) == reinforce.Config(**given)
     raises(ValueError, ['--device cuda:99', 'another'], model.open_device,
            reinforce.Config(device='cuda:99'))
+
+
+def test_without_a_compiler_or_ranks_a_run_is_eager_and_alone():
+    """Or, where --compile was given, it is a sentence. TF32 is for CUDA."""
+    def opened(gpu=None, **given):
+        cfg = reinforce.Config(**given)
+        with gpu or contextlib.nullcontext(), contextlib.redirect_stderr(io.StringIO()) as err:
+            model.open_device(cfg)
+        return cfg.compile, err.getvalue()
+
+    torch.set_float32_matmul_precision('highest')
+    with (unittest.mock.patch.dict(os.environ, PATH=str(folder('no compiler')), LOCAL_RANK='3'),
+          patched(importlib.util, 'find_spec', lambda name: name)):
+        os.environ.pop('CC', None), os.environ.pop('CXX', None)
+        assert opened(device='cpu') == (False, '') and not dist.is_initialized()
+        assert torch.get_float32_matmul_precision() == 'highest'
+        compiled, said = opened(Gpu(), device='cuda:0')
+        assert not compiled and 'not compiled' in said and 'gcc' in said
+        assert torch.get_float32_matmul_precision() == 'high'
+        torch.set_float32_matmul_precision('highest')
+        for gpu, device, name in (None, 'cpu', 'g++'), (Gpu(), 'cuda:0', 'gcc'):
+            raises(ValueError, ['--compile', name], opened, gpu, device=device, compile=True)
+        for name, device in ('CXX', 'cpu'), ('CC', 'cuda:0'):        # one's own, wherever it is
+            os.environ[name] = sys.executable
+            gpu = Gpu() if name == 'CC' else None
+            assert opened(gpu, device=device, compile=True) == (True, '')
 
 
 def test_the_token_loop_makes_no_host_wait():
