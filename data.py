@@ -133,7 +133,7 @@ def checked(path, rows):
             near = any(str(key).strip().lower() in ('context', 'passage') for key in row)
             for name in ('prompt', 'response', 'context') if near else ('prompt', 'response'):
                 if name not in row:
-                    raise ValueError(f'no column {name} among {", ".join(map(repr, row))}')
+                    raise ValueError(f'no column {name} among {", ".join(map(repr, row)):.200}')
             prompt, said, context = row['prompt'], row['response'], row.get('context') or ''
             answers = said if isinstance(said, list) else [said]         # all right; [] for none
             for text in (prompt, context, *answers):

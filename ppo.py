@@ -443,8 +443,7 @@ def train(cfg, caught=()):
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
     if running['start'] is None and start < min(cfg.iters, cfg.d_warmup_iters):
-        print(f'head start: the generator rests until d_acc {cfg.d_warmup_acc} or iteration '
-              f'{cfg.d_warmup_iters}')
+        print(f'head start until d_acc {cfg.d_warmup_acc} or iteration {cfg.d_warmup_iters}')
     del saved                                        # gigabytes that the networks have now
     if cfg.compile:
         for network in reference, discriminator.trunk, critic.trunk:

@@ -666,6 +666,7 @@ def test_rows_are_read_as_they_are_or_named():
             ('{"prompt": "?"', 'delimiter'),
             ('{"prompt": "?"}', "no column response among 'prompt'"),
             ('[1]', 'a JSON object on each line'), ('[', 'a JSON object on each line'),
+            (f'[{", ".join(1000 * ["{}"])}]', '{},  (.jsonl has'),
             ('{"prompt": "?", "response": ""}', 'empty'), ('"x"', 'no column prompt'), ('1', 'int'),
             ('{"prompt": "?", "response": "a", "Context": "b"}', 'no column context among'),
             ('{"prompt": "?", "response": "a", "passage": "b"}', "'passage'"),
@@ -2527,7 +2528,7 @@ def test_the_commands_of_the_readme():
     for line in (r'warm start +[\d.]+.*\ntuned +[\d.]+.*', 'tokenizing train',
                  r'sft_iter 0  loss \S+  f1 \S+  sample_em \S+  sample_f1 \S+  on dev',
                  r'sft_iter 0  mle \S+  \S+ s',
-                 'head start: the generator rests until d_acc 0.93 or iteration 1',
+                 'head start until d_acc 0.93 or iteration 1',
                  r'iter 0  reward \S+  gap \S+  d_acc \S+  f1 \S+  sample_em \S+  .*  on dev',
                  r'iter 0  reward \S+  gap \S+  d_acc \S+  \S+ s',
                  'iteration 1: the generator begins to move'):
