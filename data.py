@@ -32,7 +32,7 @@ HUB = {'squad_v2': 'rajpurkar/squad_v2', 'squad': 'rajpurkar/squad',
        'adversarial_qa': 'UCLNLP/adversarial_qa'}
 OWN = '.jsonl', '.csv', '.parquet'  # files of rows: prompt, response, maybe context
 LOOK = {'.jsonl': 'a JSON object on each line', '.json': "SQuAD's schema, rows are for .jsonl",
-        '.csv': 'commas between cells, texts with commas in ""'}
+        '.csv': 'commas between cells'}
 
 
 def load_examples(data, split, n=None, seen=None):
@@ -62,13 +62,15 @@ def load_examples(data, split, n=None, seen=None):
         examples = checked(files[0], rows_of(files[0]))
     elif path.suffix in (*OWN, '.json'):
         examples = checked(path, rows_of(path))
-        seen = seen or (lambda e: (e['question'].strip(), e['context'].strip()))
-        keys = [hashlib.sha256(str(seen(e)).encode()).digest() for e in examples]
-        different = sorted({*keys})
-        if len(different) < 10:
-            raise ValueError(f'{path} has {len(different)} different prompts: give ten or more, or '
-                             'a folder with a train and a dev file')
-        dev = {*different[:len(different) // 10]}
+        texts = [f'{e["question"].strip()}\n{e["context"].strip()}' for e in examples]
+        keys, least = [str(seen(e)) for e in examples] if seen else texts, {}
+        if len({*texts}) < 10 or len({*keys}) < 2:
+            raise ValueError(f'{path} has {len({*keys})} different prompts: give ten or more, or a '
+                             'folder with a train and a dev file')
+        for key, text in zip(keys, texts):           # by texts, to be the same after another cut
+            rank = hashlib.sha256(text.encode()).digest()
+            least[key] = min(rank, least.get(key, rank))
+        dev = {*sorted(least, key=least.get)[:max(1, len(least) // 10)]}
         examples = [e for e, key in zip(examples, keys) if (key in dev) == (split == 'dev')]
     elif path.exists():
         raise ValueError(f'{path} is none of {", ".join(OWN)}: convert or rename it')
@@ -92,7 +94,7 @@ def load_rows(data, *args, **kwargs):
     try:
         return datasets.load_dataset(*args, **kwargs)
     except Exception as e:
-        if str(e).startswith('Unknown split'):       # and which there are
+        if str(e).startswith('Unknown split'):       # it says which there are
             raise ValueError(f'{data}: {e} Save it as a train and a dev file') from e
         what = f'{data} could not be loaded to the cache that HF_HOME names'
         raise FileNotFoundError(f'{what} ({type(e.__cause__ or e).__name__}): offline, give --data '
@@ -133,25 +135,25 @@ def checked(path, rows):
             near = any(str(key).strip().lower() in ('context', 'passage') for key in row)
             for name in ('prompt', 'response', 'context') if near else ('prompt', 'response'):
                 if name not in row:
-                    raise ValueError(f'no column {name} among {", ".join(map(repr, row)):.200}')
+                    raise LookupError(f'no column {name} among {", ".join(map(repr, row)):.200}')
             prompt, said, context = row['prompt'], row['response'], row.get('context') or ''
             answers = said if isinstance(said, list) else [said]         # all right; [] for none
             for text in (prompt, context, *answers):
                 if not isinstance(text, str) or re.search(r'[\ud800-\udfff]', text):
                     raise ValueError(f'{text!r:.60} is no text in UTF-8')
             if not all(map(str.strip, [prompt + context, *answers])) or None in row:
-                raise ValueError('more cells than columns' if None in row else
-                                 'a prompt or a response is empty')
+                raise ValueError('more cells than columns: put texts with commas in ""'
+                                 if None in row else 'a prompt or a response is empty')
             examples.append({'context': context, 'question': prompt, 'answers': answers})
             start = row.get('answer_start')
             if answers and type(start) is int and 0 <= start == context.find(answers[0], start):
                 examples[-1]['answer_start'] = start
             at = f'{path}, after {place}'            # what ends a quote that is open, say
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as e:
-        look = f' ({kind} has {LOOK[kind]})' if kind in LOOK else ''
+        look = f' ({kind} has {LOOK[kind]})' if kind in LOOK and type(e) is not ValueError else ''
         raise ValueError(f'{at}: {f"no {e}" if isinstance(e, KeyError) else e}{look}') from e
     if not examples:
-        raise ValueError(f'{path} has no question ({kind} has {LOOK.get(kind)})')
+        raise ValueError(f'{path} has no question (.json has {LOOK[".json"]})')
     return examples
 
 
@@ -319,7 +321,9 @@ def is_lost(example, left):
     answer, passage = example['answers'][0].strip(), example['context'].rstrip()
     if 'answer_start' in example:
         return len(passage) - example['answer_start'] > len(left)
-    within = re.compile(rf'(?<!\w){re.escape(answer)}(?!\w)').search
+    # any character ends a word of a script without spaces: Thai, Burmese, Khmer, Kana, Han
+    letter = r'[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]'
+    within = re.compile(f'(?<!{letter}){re.escape(answer)}(?!{letter})').search
     return bool(within(passage) and not within(left))
 
 
@@ -366,7 +370,7 @@ class Split:
         (_, P), (N, R) = self.prompts.shape, self.responses.shape
         answers = sum(bool(e['answers']) for e in self.examples)
         lost = f' (which took away {self.lost_answers} of {answers} answers, now {UNANSWERABLE})'
-        most = ' (most, so no end is learned: train with a higher --max_response)'
+        most = ' (most of them: train with a higher --max_response)'
         return (f'{self.cut_prompts} prompts cut to {P} tokens{lost * bool(self.lost_answers)}, '
                 f'{self.cut_responses} answers cut to {R}{most * (2 * self.cut_responses > N)}')
 
@@ -399,11 +403,12 @@ def load(cfg):
         split = load_split(cfg.data, name, enc, *size, cfg.context, n)
         print(f'{name}: {len(split)} examples, {split.cuts()}', flush=True)
         splits.append(split)
-    known, asked = ({*map(bytes, split.prompts)} for split in splits)
-    both, again = len(known & asked), len(splits[1]) - len(asked)
-    if both or again:
-        print(f'dev: prompts that stand in train, too: {both}; repeated: {again}'
-              f'{" (a response may be a list of right ones)" * bool(again)}', flush=True)
+    train, dev = ({*map(bytes, split.prompts)} for split in splits)
+    if train & dev:
+        print(f'{len(train & dev)} of {len(dev)} dev prompts stand in train, too')
+    if cfg.data not in TOYS and len(train) + len(dev) < sum(map(len, splits)):
+        print(f'train and dev have {len(train)} and {len(dev)} different prompts: what is right '
+              'for one can be one list', flush=True)
     return enc, *splits
 
 

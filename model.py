@@ -304,9 +304,10 @@ class GPT(nn.Module):
                      for _ in range(c.n_layer)]
             for z in sum(cache, []):
                 torch._dynamo.mark_static_address(z, guard=False)
-            if len(self.caches) == 4:
-                del self.caches[next(iter(self.caches))]
             self.caches[key] = cache
+            if len(self.caches) > 4:
+                del self.caches[next(iter(self.caches))]         # the one used the longest ago
+        self.caches[key] = self.caches.pop(key)      # now the last
         return self.caches[key]
 
     def __getstate__(self):
@@ -584,7 +585,7 @@ def command_line():
             last = traceback.extract_tb(e.__traceback__)[-1]
             ours = last.name == 'check' or Path(last.filename).stem in ('model', 'data', 'sample')
             if isinstance(e, ValueError) and not (ours and last.line.startswith('raise')):
-                raise                                # no mistake of a user's, one of a fork's code
+                raise                                # a mistake in the code, maybe a fork's
             # who keeps e, as a notebook does, keeps its frames: their networks, and a folder's lock
             traceback.clear_frames(e.__traceback__)
             if isinstance(e, torch.OutOfMemoryError):
@@ -659,37 +660,36 @@ def check_fit(source, config, n_vocab, settings):
                          f'{settings["data"]} one of {n_vocab}: give a matching pair')
     P, R = settings['max_prompt'], settings['max_response']
     if P + R > config.block_size:
-        raise ValueError(f'max_prompt {P} + max_response {R} exceed the block size '
-                         f'{config.block_size} of {source}: lower them, or give another')
+        raise ValueError(f'max_prompt {P} + max_response {R}, flags of training, exceed the block '
+                         f'size {config.block_size} of {source}: lower them, or give another')
 
 
-def load_networks(cfg, n_vocab, rows):
+def load_networks(cfg, n_vocab, *splits):
     """The generator and the discriminator that the flags name, or of the run to resume, and its
-    checkpoint or {}. Raises a ValueError if a network fits neither tokenizer nor Config, if ranks
-    begin differently, or if a run would go on with other training rows, of which `rows` is a hash.
-    """
-    file = last_checkpoint(cfg.out_dir) if cfg.resume else None
-    saved = load_checkpoint(file) if file else {}
+    checkpoint, with the hashes of the splits as `rows`. Raises a ValueError if a network does not
+    fit, if ranks begin differently, or if a run would go on with other examples than it began."""
+    file, rows = last_checkpoint(cfg.out_dir) if cfg.resume else None, [z.digest() for z in splits]
     generator = load_gpt(file or cfg.init_from, '', cfg, n_vocab).to(cfg.device).eval()
     for module in generator.modules():
         if isinstance(module, nn.Dropout):
             module.p = cfg.sft_dropout               # in train() mode, the warm start's
+    saved = load_checkpoint(file) if file else {}
     discriminator = load_discriminator(cfg, generator, saved)
     for flag, gpt in ('init_from', generator), ('d_init_from', discriminator.trunk):
         check_fit(f'--{flag} {getattr(cfg, flag)}', gpt.config, n_vocab, vars(cfg))
-    start = [rows, saved.get('sft_iter'), saved.get('iter'), *(
-        sum(p.view(torch.int32).sum().item() for p in network.state_dict().values())
-        for network in (generator, discriminator))]
-    starts = [start] * world()
     if world() > 1:
-        dist.all_gather_object(starts, start)
-    if any(other != start for other in starts):
-        raise ValueError('the ranks begin with different rows, steps or weights: give all the same '
-                         '--data, --init_from, --d_init_from and --out_dir')
-    if saved.get('rows', rows) != rows:
-        raise ValueError(f'--data {cfg.data} has other rows than the run in {cfg.out_dir} began '
-                         'with: give those, or start another')
-    return generator, discriminator, saved
+        starts = [None] * world()
+        dist.all_gather_object(starts, [rows, saved.get('sft_iter'), saved.get('iter'), *(
+            p.view(torch.int32).sum().item() for network in (generator, discriminator)
+            for p in network.state_dict().values())])
+        if any(start != starts[0] for start in starts):
+            raise ValueError('the ranks begin with different rows, steps or weights: give all the '
+                             'same --data, --init_from, --d_init_from and --out_dir')
+    n = 2 if 'best' in saved else 1                  # whose losses are of the same dev set
+    if saved.get('rows', rows)[:n] != rows[:n]:
+        raise ValueError(f'--data {cfg.data}, --eval_prompts {cfg.eval_prompts}: other rows than '
+                         f'the run in {cfg.out_dir} began with: give those, or start another')
+    return generator, discriminator, saved | {'rows': rows}
 
 
 def load_discriminator(cfg, generator, saved):
@@ -800,7 +800,7 @@ def save_checkpoint(path, state):
         os.replace(part, path)
     except (OSError, RuntimeError) as e:             # torch turns some of the first into the second
         part.unlink(missing_ok=True)
-        while e.__context__:
+        while isinstance(e, RuntimeError) and e.__context__:
             e = e.__context__                        # the disk's own reason
         remedy = '--resume' if run_of(path.parent) else '--overwrite'
         raise OSError(f'{path} could not be written ({str(e).splitlines()[0]}): what was saved '
@@ -844,9 +844,8 @@ def settings_to_resume(given, Config):
     if given.get('iters', math.inf) < saved.get('iter', 0):
         raise ValueError(f'--resume with --iters {given["iters"]}: the run is at {saved["iter"]}: '
                          'give as many or more')
-    fixed = ('init_from context max_prompt max_response n_layer n_head n_embd sft_iters '
-             'd_init_from d_n_layer d_n_head d_n_embd').split()
-    for name in fixed + ['eval_prompts'] * ('best' in saved):    # its loss is of these prompts
+    for name in ('init_from context max_prompt max_response n_layer n_head n_embd sft_iters '
+                 'd_init_from d_n_layer d_n_head d_n_embd'.split()):
         if name in given and given[name] != settings[name]:
             raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
                              'leave it, or start another')
@@ -876,16 +875,17 @@ def open_device(cfg):
     if cfg.dtype == 'auto':
         fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.dtype = 'bfloat16' if fast else 'float32'
-    wanted = cfg.compile
-    if wanted is None:                               # Windows may have no Triton
-        wanted = cuda and importlib.util.find_spec('triton') is not None
-    compilers = os.environ.get(*(('CC', 'gcc clang') if cuda else ('CXX', 'g++ clang++ cl')))
-    if wanted and not any(map(shutil.which, compilers.split())):
-        if cfg.compile:
-            raise ValueError(f'--compile needs one of: {compilers}; install it, or leave the flag')
-        print(f'not compiled, which needs one of: {compilers}', file=sys.stderr)
-        wanted = False
-    cfg.compile = wanted
+    if cfg.compile is None:                          # Windows may have no Triton
+        cfg.compile = cuda and importlib.util.find_spec('triton') is not None
+    name, known = (('CC', ['gcc', 'clang']) if cuda else                     # Triton's, inductor's
+                   ('CXX', ['clang++' if sys.platform == 'darwin' else 'g++']))
+    compilers = [os.environ[name]] if os.environ.get(name) else known
+    if cfg.compile and sys.platform != 'win32' and not any(map(shutil.which, compilers)):
+        if given['compile']:
+            raise ValueError(f'--compile needs {" or ".join(compilers)}: install it, or leave the '
+                             'flag')
+        print(f'no {" or ".join(compilers)} here: nothing is compiled', file=sys.stderr)
+        cfg.compile = False
     large = cuda and torch.cuda.mem_get_info(device)[1] > 38 * 2 ** 30       # sold as 40 GB
     cfg.micro_batch = cfg.micro_batch or (64 if large else 16)
     if ranks and not dist.is_initialized():
@@ -962,11 +962,11 @@ class Log:
     others. Tensors in one are read here, when all of a step is on its way; a number that is not
     finite is a FloatingPointError. To go on from `saved`, a checkpoint, the file is cut to what it
     was then. Checkpoints take `settings`, those that `open_device` resolves as `given`, and
-    `rows`, the hash of the training rows.
+    the `rows` of `saved`.
     """
 
-    def __init__(self, out, cfg, given, saved, rows):
-        self.rows = rows
+    def __init__(self, out, cfg, given, saved):
+        self.rows = saved['rows']
         size = saved.get('log_size', 0)
         self.path, self.writes, self.script = out / 'metrics.jsonl', not rank(), cfg.script
         self.settings = {**asdict(cfg), **given, 'resume': False, 'overwrite': False}
@@ -989,7 +989,7 @@ class Log:
             header = {'config': asdict(cfg), 'python': sys.version.split()[0], 'device': name,
                       'torch': torch.__version__, 'threads': torch.get_num_threads()}
             self.path.write_text(json.dumps(header) + '\n')
-        if saved:
+        if 'model' in saved:
             stage, n = ('iteration', cfg.iters) if 'iter' in saved else ('MLE step', cfg.sft_iters)
             print(f'resumed at {stage} {saved.get("iter", saved.get("sft_iter"))} of {n}')
 
@@ -1016,10 +1016,10 @@ class Log:
         with open(self.path, 'a') as f:
             f.write(json.dumps(record, allow_nan=False) + '\n')
         if self.wandb:
-            copy, self.wandb = self.wandb, None
+            run, self.wandb = self.wandb, None
             with for_readers('--wandb'):
-                copy.log(record)
-                self.wandb = copy
+                run.log(record)
+                self.wandb = run
         if 'dev' in record or 'seconds' in record and record[stage] % 10 == 0:
             said = [f'{k} {figures[k]:.3g}' for k in SCREEN[stage].split()
                     if figures.get(k) is not None]

@@ -325,16 +325,15 @@ def train(cfg, caught=()):
     torch.manual_seed(cfg.seed)
     # data and models
     enc, train_set, dev_set = data.load(cfg)
-    rows = train_set.digest()
-    generator, discriminator, saved = load_networks(cfg, enc.n_vocab, rows)
+    generator, discriminator, saved = load_networks(cfg, enc.n_vocab, train_set, dev_set)
     if cfg.compile:
         generator.compile()
-    log = Log(out, cfg, given, saved, rows)
+    log = Log(out, cfg, given, saved)
     # warm start
     own = {'discriminator': discriminator} if cfg.d_init_from else {}
     if not warm_start(generator, own, train_set, dev_set, enc, out, log, caught, cfg):
         return None
-    reference = copy.deepcopy(generator)             # with requires_grad, to share its graphs
+    reference = copy.deepcopy(generator)             # trainable, to share compiled graphs
     if not cfg.d_init_from:
         discriminator.trunk.load_state_dict(generator.state_dict())
     optimizer, d_optimizer = adamw(generator), adamw(discriminator)

@@ -304,7 +304,9 @@ def test_few_caches_are_kept():
     for P in range(1, 21):
         gpt.generate(torch.ones(2, P).long(), pad, 2, 12)
         assert len(gpt.caches) == min(P, 4)
-    assert (2, 2, 22, 4) in [shape for shape, *_ in gpt.caches]              # the last
+    for P in (17, 1, 2, 3):                          # one that is used stays
+        gpt.generate(torch.ones(2, P).long(), pad, 2, 12)
+    assert [shape[2] - 2 for shape, *_ in gpt.caches] == [17, 1, 2, 3]
 
 
 def test_checkpoints_are_read_or_refused_by_name():
@@ -553,7 +555,8 @@ def test_the_cut_of_a_prompt_tells_nothing():
             ('17 left .' + boats + ' 517 yards .', '17', None, True),
             ('17 left .' + boats + ' 17 yards .', '17', None, False),
             ('17 left .' + boats + ' 17 yards .', '17', 0, True),
-            (boats + ' 517 yards .', '17', len(boats) + 2, False)):
+            (boats + ' 517 yards .', '17', len(boats) + 2, False),
+            ('他在北京工作。' + boats, '北京', None, True)):         # a script without spaces
         example = {'context': f' {passage} ', 'question': 'How many ?', 'answers': [said]}
         example |= {} if start is None else {'answer_start': start + 1}
         split = data.Split([example], enc, 128, 20)
@@ -755,19 +758,29 @@ def test_a_split_is_drawn_and_divides_what_a_model_sees():
     place = [f'{first} {last} .' for first in data.FIRST for last in data.LAST]
     write([{'prompt': f'{kinds[i % 4]} {i % 14 // 7} {i % 25} ?', 'response': 'a',
             'context': place[i]} for i in range(200)])
-    for P, context in (40, False), (9, True), (40, True):
+    before = set()
+    for P, context in (40, False), (9, True), (40, True), (60, True):
         sides = [data.load_split(path, name, enc, P, 6, context) for name in ('train', 'dev')]
         seen = [{*map(bytes, split.prompts)} for split in sides]
         assert all(seen) and not seen[0] & seen[1] and sum(map(len, sides)) == 200
         assert len(seen[1]) == len(seen[0] | seen[1]) // 10
+        asked = [e['question'] + e['context'] for e in sides[1].examples]
+        assert P < 60 or asked == before             # another cut that makes none alike
+        before = asked
+    write([{'prompt': f'Why {i % 7} ?', 'response': 'a', 'context': place[i]} for i in range(200)])
+    sides = [data.load_split(path, name, enc, 40, 6, False) for name in ('train', 'dev')]
+    seen = [{*map(bytes, split.prompts)} for split in sides]
+    assert [*map(len, seen)] == [6, 1] and not seen[0] & seen[1] and sum(map(len, sides)) == 200
+    write([{'prompt': 'Why ?', 'response': 'a', 'context': place[i]} for i in range(20)])
+    raises(ValueError, ['1 different'], data.load_split, path, 'dev', enc, 40, 6, False)
     write([{'prompt': '1 ?', 'response': 'a'}, {'prompt': '7 ?', 'response': 'b'}], 'train')
     write([{'prompt': f'{i} ?', 'response': 'a'} for i in (1, 1, 2, 3)], 'dev')
     cfg = parse(reinforce, '--data', at, '--max_prompt', 20)
     with contextlib.redirect_stdout(io.StringIO()) as said, patched(data, 'load_tokenizer',
                                                                     lambda _: enc):
         data.load(cfg)
-    assert 'in train, too: 1; repeated: 1 (' in said.getvalue()
-    assert 'list' in said.getvalue()
+    assert '1 of 3 dev prompts stand in train, too' in said.getvalue()
+    assert 'train and dev have 2 and 3 different prompts' in said.getvalue()
 
 
 def test_data_of_ones_own():
@@ -1592,6 +1605,11 @@ def test_each_is_judged_with_its_own_prompts_or_refused():
             dict(vocab_size=data.load_tokenizer('toy').n_vocab, block_size=30), '26', 'size 30')):
         tiny_gpt(**size).save_pretrained(at / 'gpt')
         refused([f'{at}/gpt', *said], '--compare', plain, at / 'gpt')
+    at_most = {**saved, 'settings': {**saved['settings'], 'max_response': 1}}
+    save_checkpoint(other, at_most)                  # no answer ends within one token
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        printed('--evaluate', other, *few)
+    assert '6 answers cut to 1 (most of them' in err.getvalue(), err.getvalue()
     refused(['size 30', '256 + max_response 32'], '--compare', at / 'gpt', '--data', 'toy')
 
     # of one name, all are kept; written as they come, with whatever is wrong with one said before
@@ -1763,7 +1781,7 @@ def test_a_run_goes_on_where_its_data_are_now():
             cut_short(reinforce, out, *SMALL, '--data', at / 'old.jsonl', at=stage)
             (at / 'old.jsonl').rename(at / 'new.jsonl')
             raises(FileNotFoundError, ['old.jsonl'], train, reinforce, out, '--resume')
-            raises(ValueError, ['--data', 'other.jsonl has other rows'], train, reinforce, out,
+            raises(ValueError, ['other.jsonl', 'other rows'], train, reinforce, out,
                    '--resume', '--data', at / 'other.jsonl')
             assert train(reinforce, out, '--resume', '--data', at / 'new.jsonl')
             (at / 'new.jsonl').rename(at / 'old.jsonl')
@@ -1834,11 +1852,11 @@ def test_the_warm_start_ends_with_its_best():
         train(reinforce, whole, *flags)
         cut_short(reinforce, parts, *flags, at=('mle', 5))
         assert load_checkpoint(parts / 'sft.pt')['best']['loss'] == 1
-        raises(ValueError, ['--eval_prompts 9', 'has 12'], parse, reinforce, '--out_dir', parts,
+        raises(ValueError, ['--eval_prompts 9', 'other rows'], train, reinforce, parts,
                '--resume', '--eval_prompts', 9)      # losses of other prompts do not compare
         train(reinforce, parts, '--resume')
     ended_alike(whole, parts)
-    assert parse(reinforce, '--out_dir', parts, '--resume', '--eval_prompts', 9).eval_prompts == 9
+    assert train(reinforce, parts, '--resume', '--eval_prompts', 9)
     found = {r['sft_iter']: r['dev'] for r in records(whole) if 'sft_iter' in r and 'dev' in r}
     assert {step: dev['loss'] for step, dev in found.items()} == losses and 'f1' in found[7]
     for file in 'sft.pt', 'ckpt.pt':
@@ -1851,7 +1869,7 @@ def test_the_warm_start_ends_with_its_best():
         cfg.resume, split = False, data.Split(data.load_examples('toy', 'dev', 20),
                                               data.load_tokenizer('toy'), 26, 6)
         torch.manual_seed(0)
-        gpt, _, _ = model.load_networks(cfg, data.load_tokenizer('toy').n_vocab, '')
+        gpt, _, _ = model.load_networks(cfg, data.load_tokenizer('toy').n_vocab)
         loss = sample.gold_loss(gpt, split, SimpleNamespace(**vars(cfg) | {'dtype': 'float32'}))
         found.append((reinforce.mle_step(gpt, Keep(gpt), split, 0, cfg)['mle'].item(), loss))
         assert not gpt.training
@@ -2506,12 +2524,12 @@ def test_main_leaves_a_process_as_it_was():
 
         def at_a_line(frame, event, _, n=n, lines=lines):
             if frame.f_code.co_name == 'catch' and event == 'line' and next(lines, 0) == n:
-                os.kill(os.getpid(), signal.SIGHUP)
+                signal.raise_signal(signal.SIGHUP)
             return at_a_line
 
         with model.caught_signals('wait') as caught, patched(os, 'write') as say:
             sys.settrace(at_a_line)
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             sys.settrace(None)
             assert len(caught) == 2
         say.assert_called_once_with(2, b'\nwait\n')
@@ -2843,6 +2861,10 @@ def test_without_a_compiler_or_ranks_a_run_is_eager_and_alone():
             model.open_device(cfg)
         return cfg.compile, err.getvalue()
 
+    empty = str(folder('no compiler'))
+    said = command('reinforce.py', *SMALL, '--compile', '--out_dir', f'{empty}/run', expect=1,
+                   env={k: v for k, v in os.environ.items() if k != 'CXX'} | {'PATH': empty}).stderr
+    assert said.startswith('--compile needs') and said.count('\n') == 1, said
     torch.set_float32_matmul_precision('highest')
     with (unittest.mock.patch.dict(os.environ, PATH=str(folder('no compiler')), LOCAL_RANK='3'),
           patched(importlib.util, 'find_spec', lambda name: name)):
@@ -2850,7 +2872,7 @@ def test_without_a_compiler_or_ranks_a_run_is_eager_and_alone():
         assert opened(device='cpu') == (False, '') and not dist.is_initialized()
         assert torch.get_float32_matmul_precision() == 'highest'
         compiled, said = opened(Gpu(), device='cuda:0')
-        assert not compiled and 'not compiled' in said and 'gcc' in said
+        assert not compiled and 'nothing is compiled' in said and 'gcc' in said
         assert torch.get_float32_matmul_precision() == 'high'
         torch.set_float32_matmul_precision('highest')
         for gpu, device, name in (None, 'cpu', 'g++'), (Gpu(), 'cuda:0', 'gcc'):
