@@ -67,10 +67,10 @@ def load_examples(data, split, n=None, seen=None):
         if len({*texts}) < 10 or len({*keys}) < 2:
             raise ValueError(f'{path} has {len({*keys})} different prompts: give ten or more, or a '
                              'folder with a train and a dev file')
-        for key, text in zip(keys, texts):           # by texts, to be the same after another cut
-            rank = hashlib.sha256(text.encode()).digest()
-            least[key] = min(rank, least.get(key, rank))
-        dev = {*sorted(least, key=least.get)[:max(1, len(least) // 10)]}
+        for key, text in zip(keys, texts):           # by a text, to be the same after another cut
+            least[key] = min(text, least.get(key, text))
+        ranked = sorted(least, key=lambda key: hashlib.sha256(least[key].encode()).digest())
+        dev = {*ranked[:max(1, len(ranked) // 10)]}
         examples = [e for e, key in zip(examples, keys) if (key in dev) == (split == 'dev')]
     elif path.exists():
         raise ValueError(f'{path} is none of {", ".join(OWN)}: convert or rename it')
@@ -153,7 +153,8 @@ def checked(path, rows):
         look = f' ({kind} has {LOOK[kind]})' if kind in LOOK and type(e) is not ValueError else ''
         raise ValueError(f'{at}: {f"no {e}" if isinstance(e, KeyError) else e}{look}') from e
     if not examples:
-        raise ValueError(f'{path} has no question (.json has {LOOK[".json"]})')
+        look = f' ({kind} has {LOOK[kind]})' if kind == '.json' else ''
+        raise ValueError(f'{path} has no question{look}')
     return examples
 
 
@@ -319,12 +320,12 @@ def is_lost(example, left):
     """Whether the first answer stands in the passage, but not in `left`, the end of it that a cut
     left: by its answer_start, or without one by whole words."""
     answer, passage = example['answers'][0].strip(), example['context'].rstrip()
-    if 'answer_start' in example:
-        return len(passage) - example['answer_start'] > len(left)
-    # any character ends a word of a script without spaces: Thai, Burmese, Khmer, Kana, Han
-    letter = r'[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]'
-    within = re.compile(f'(?<!{letter}){re.escape(answer)}(?!{letter})').search
-    return bool(within(passage) and not within(left))
+    # in Thai, Burmese, Khmer, Kana, Han, Hangul a word may go on after another without a space
+    letter = r'[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af]'
+    word = f'(?<!{letter}){re.escape(answer)}(?!{letter})'
+    starts = ([example['answer_start']] if 'answer_start' in example else
+              [match.start() for match in re.finditer(word, passage)])
+    return bool(starts) and starts[-1] < len(passage) - len(left)
 
 
 class Split:
@@ -406,9 +407,9 @@ def load(cfg):
     train, dev = ({*map(bytes, split.prompts)} for split in splits)
     if train & dev:
         print(f'{len(train & dev)} of {len(dev)} dev prompts stand in train, too')
-    if cfg.data not in TOYS and len(train) + len(dev) < sum(map(len, splits)):
-        print(f'train and dev have {len(train)} and {len(dev)} different prompts: what is right '
-              'for one can be one list', flush=True)
+    again = sum(map(len, splits)) - len(train) - len(dev)
+    if again and cfg.data not in TOYS:
+        print(f'{again} rows repeat a prompt: its right responses can be one list', flush=True)
     return enc, *splits
 
 

@@ -475,9 +475,9 @@ def read_files(path):
     try:
         settings, tensors = beside('config.json'), load_file(file)
         tokens = beside('vocab.json') or beside('tokenizer.json').get('model', {}).get('vocab', {})
-    except (SafetensorError, ValueError, TypeError, RecursionError) as e:
+        own = str(sorted((i, token) for token, i in dict(tokens).items())[:50257])
+    except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f'{file}, its config.json or tokenizer is damaged: {ascii(str(e))}') from e
-    own = str(sorted((i, token) for token, i in dict(tokens).items())[:50257])
     if tokens and hashlib.sha256(own.encode()).hexdigest() != BPE_SHA256:
         raise ValueError(f'{file.parent} has a vocab.json or tokenizer.json of other tokens than '
                          "GPT-2's BPE, or in another order: give a GPT-2 with that BPE")
@@ -676,7 +676,7 @@ def load_networks(cfg, n_vocab, *splits):
     saved = load_checkpoint(file) if file else {}
     discriminator = load_discriminator(cfg, generator, saved)
     for flag, gpt in ('init_from', generator), ('d_init_from', discriminator.trunk):
-        check_fit(f'--{flag} {getattr(cfg, flag)}', gpt.config, n_vocab, vars(cfg))
+        check_fit(file or f'--{flag} {getattr(cfg, flag)}', gpt.config, n_vocab, vars(cfg))
     if world() > 1:
         starts = [None] * world()
         dist.all_gather_object(starts, [rows, saved.get('sft_iter'), saved.get('iter'), *(
@@ -685,8 +685,9 @@ def load_networks(cfg, n_vocab, *splits):
         if any(start != starts[0] for start in starts):
             raise ValueError('the ranks begin with different rows, steps or weights: give all the '
                              'same --data, --init_from, --d_init_from and --out_dir')
-    n = 2 if 'best' in saved else 1                  # whose losses are of the same dev set
-    if saved.get('rows', rows)[:n] != rows[:n]:
+    # of dev there may be more or fewer, but not while `best` has a loss of these
+    fewer = saved and cfg.eval_prompts != saved['settings']['eval_prompts'] and 'best' not in saved
+    if saved and saved['rows'][:1 if fewer else 2] != rows[:1 if fewer else 2]:
         raise ValueError(f'--data {cfg.data}, --eval_prompts {cfg.eval_prompts}: other rows than '
                          f'the run in {cfg.out_dir} began with: give those, or start another')
     return generator, discriminator, saved | {'rows': rows}
@@ -875,16 +876,18 @@ def open_device(cfg):
     if cfg.dtype == 'auto':
         fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.dtype = 'bfloat16' if fast else 'float32'
-    if cfg.compile is None:                          # Windows may have no Triton
-        cfg.compile = cuda and importlib.util.find_spec('triton') is not None
+    if cfg.compile is None:
+        cfg.compile = cuda
     name, known = (('CC', ['gcc', 'clang']) if cuda else                     # Triton's, inductor's
-                   ('CXX', ['clang++' if sys.platform == 'darwin' else 'g++']))
+                   ('CXX', [{'darwin': 'clang++', 'win32': 'cl'}.get(sys.platform, 'g++')]))
     compilers = [os.environ[name]] if os.environ.get(name) else known
-    if cfg.compile and sys.platform != 'win32' and not any(map(shutil.which, compilers)):
+    missing = [] if any(map(shutil.which, compilers)) else [' or '.join(compilers)]
+    if cuda and not importlib.util.find_spec('triton'):
+        missing = ['triton']
+    if cfg.compile and missing:
         if given['compile']:
-            raise ValueError(f'--compile needs {" or ".join(compilers)}: install it, or leave the '
-                             'flag')
-        print(f'no {" or ".join(compilers)} here: nothing is compiled', file=sys.stderr)
+            raise ValueError(f'--compile needs {missing[0]}: install it, or leave the flag')
+        print(f'no {missing[0]} here: nothing is compiled', file=sys.stderr)
         cfg.compile = False
     large = cuda and torch.cuda.mem_get_info(device)[1] > 38 * 2 ** 30       # sold as 40 GB
     cfg.micro_batch = cfg.micro_batch or (64 if large else 16)

@@ -62,7 +62,8 @@ def task_of(sources, args, examples=None):
     split = (data.Split(examples, enc, P, R, context) if examples else
              data.load_split(settings['data'], 'dev', enc, P, R, context, args.prompts))
     if split.cut_prompts or not examples and split.cut_responses:
-        print(f'of {len(split)} examples {split.cuts()}', file=sys.stderr)
+        print(f'the prompt is cut to {P} tokens' if examples else
+              f'of {len(split)} examples {split.cuts()}', file=sys.stderr)
     return enc, split, settings
 
 

@@ -376,7 +376,8 @@ def test_checkpoints_are_read_or_refused_by_name():
             *((*vocab(wrong, name), 'tokenizer.json', "GPT-2's BPE") for name in (
                 'vocab.json', 'tokenizer.json') for wrong in (
                 {'Ġel': 262, 'Ġthe': 263}, ids | {'Ġthe': 286, 'Ġof': 262})),
-            ('vocab.json', b'[1]', 'damaged'), ('tokenizer.json', b'{"model": 1}', 'whole'),
+            ('vocab.json', b'[1]', 'damaged'), ('tokenizer.json', b'{"model": 1}', 'damaged'),
+            ('vocab.json', b'{"a": 0, "b": null}', 'damaged'),
             (single, without('h.0.ln_1.bias', weights), 'Missing', 'h.0.ln_1.bias'),
             (single, without('wpe.weight', weights), 'wpe.weight'),
             (single, {**weights, 'h.0.extra': torch.ones(2)}, 'Unexpected', 'h.0.extra'),
@@ -556,7 +557,8 @@ def test_the_cut_of_a_prompt_tells_nothing():
             ('17 left .' + boats + ' 17 yards .', '17', None, False),
             ('17 left .' + boats + ' 17 yards .', '17', 0, True),
             (boats + ' 517 yards .', '17', len(boats) + 2, False),
-            ('他在北京工作。' + boats, '北京', None, True)):         # a script without spaces
+            ('他在北京工作。' + boats, '北京', None, True),          # a script without spaces
+            ('수도는 서울이다.' + boats, '서울', None, True)):
         example = {'context': f' {passage} ', 'question': 'How many ?', 'answers': [said]}
         example |= {} if start is None else {'answer_start': start + 1}
         split = data.Split([example], enc, 128, 20)
@@ -564,6 +566,8 @@ def test_the_cut_of_a_prompt_tells_nothing():
         assert (found == data.UNANSWERABLE) == split.lost_answers == lost, (passage[:30], found)
     example = {'context': 'ab cd ', 'answers': ['cd'], 'answer_start': 3}
     assert data.is_lost(example, 'd') and not data.is_lost(example, 'cd')
+    example = {'context': 'The art was here. xyzzyart left', 'answers': ['art']}
+    assert all(data.is_lost(example, example['context'][-n:]) for n in range(1, 20))
     example = {'context': 'Ada ' + '😀' * 30, 'question': '?', 'answers': ['😀' * 5]}
     example['answer_start'] = 29
     for P in range(25, 45):                          # half a character holds no answer
@@ -771,6 +775,11 @@ def test_a_split_is_drawn_and_divides_what_a_model_sees():
     sides = [data.load_split(path, name, enc, 40, 6, False) for name in ('train', 'dev')]
     seen = [{*map(bytes, split.prompts)} for split in sides]
     assert [*map(len, seen)] == [6, 1] and not seen[0] & seen[1] and sum(map(len, sides)) == 200
+    for salt in range(6):                            # what is asked often is not always dev's
+        write([{'prompt': f'Why {salt} {i % 2 if i < 200 else i} ?', 'response': 'a',
+                'context': place[i % 288]} for i in range(218)])
+        count.update(often=len(data.load_split(path, 'dev', enc, 40, 6, False)) > 50)
+    assert count['often'] < 5
     write([{'prompt': 'Why ?', 'response': 'a', 'context': place[i]} for i in range(20)])
     raises(ValueError, ['1 different'], data.load_split, path, 'dev', enc, 40, 6, False)
     write([{'prompt': '1 ?', 'response': 'a'}, {'prompt': '7 ?', 'response': 'b'}], 'train')
@@ -780,7 +789,7 @@ def test_a_split_is_drawn_and_divides_what_a_model_sees():
                                                                     lambda _: enc):
         data.load(cfg)
     assert '1 of 3 dev prompts stand in train, too' in said.getvalue()
-    assert 'train and dev have 2 and 3 different prompts' in said.getvalue()
+    assert '1 rows repeat a prompt' in said.getvalue() and 'list' in said.getvalue()
 
 
 def test_data_of_ones_own():
@@ -2322,6 +2331,8 @@ def test_a_mistake_is_one_sentence():
              ['max_prompt 99', 'block size 32', '--init_from']),
             (reinforce, f'--tiny --d_init_from {run}/sft.pt',
              [f'--d_init_from {run}/sft.pt has a vocabulary']),
+            (reinforce, f'--resume --out_dir {run} --data toy-ways', [
+                f'{run}/ckpt.pt has a vocabulary', '--data toy-ways']),
             (reinforce, f'--device cpu --data toy --init_from scratch --d_init_from {run}',
              ['max_response 32', 'block size 32 of --d_init_from']),
             (reinforce, f'--tiny --out_dir {full}', [str(full), 'give --overwrite or']),
@@ -2524,12 +2535,12 @@ def test_main_leaves_a_process_as_it_was():
 
         def at_a_line(frame, event, _, n=n, lines=lines):
             if frame.f_code.co_name == 'catch' and event == 'line' and next(lines, 0) == n:
-                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(signal.SIGTERM)
             return at_a_line
 
         with model.caught_signals('wait') as caught, patched(os, 'write') as say:
             sys.settrace(at_a_line)
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)      # SIGHUP is ignored under nohup
             sys.settrace(None)
             assert len(caught) == 2
         say.assert_called_once_with(2, b'\nwait\n')
