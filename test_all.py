@@ -2393,8 +2393,8 @@ def test_a_mistake_is_one_sentence():
         fork = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(fork)
         raises(ValueError if end else SystemExit, [end or 'mine'], model.main, *command_line(fork),
-               fork.train, [*SMALL, '--iters', '1', '--sft_iters', '0', '--out_dir', f'{at}/run',
-                            '--overwrite'])
+               fork.train, [*SMALL, '--iters', '1', '--sft_iters', '0', '--out_dir',
+                            tempfile.mkdtemp(dir=SCRATCH)])          # who keeps e keeps a lock
     interrupted = unittest.mock.Mock(side_effect=KeyboardInterrupt)
     for call, *flags in ((model.main, *command_line(reinforce), None, ['--tiny']),
                          (sample.main, ['--table', 'x']), (bench.main, [])):
