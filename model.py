@@ -667,7 +667,7 @@ def check_fit(source, config, n_vocab, settings):
 def load_networks(cfg, n_vocab, *splits):
     """The generator and the discriminator that the flags name, or of the run to resume, and its
     checkpoint, with the hashes of the splits as `rows`. Raises a ValueError if a network does not
-    fit, if ranks begin differently, or if a run would go on with other examples than it began."""
+    fit, if ranks begin differently, or if a run would go on with other examples than before."""
     file, rows = last_checkpoint(cfg.out_dir) if cfg.resume else None, [z.digest() for z in splits]
     generator = load_gpt(file or cfg.init_from, '', cfg, n_vocab).to(cfg.device).eval()
     for module in generator.modules():

@@ -557,7 +557,8 @@ def test_the_cut_of_a_prompt_tells_nothing():
             ('17 left .' + boats + ' 17 yards .', '17', None, False),
             ('17 left .' + boats + ' 17 yards .', '17', 0, True),
             (boats + ' 517 yards .', '17', len(boats) + 2, False),
-            ('他在北京工作。' + boats, '北京', None, True),          # a script without spaces
+            # of scripts whose words are not set apart
+            ('他在北京工作。' + boats, '北京', None, True),
             ('수도는 서울이다.' + boats, '서울', None, True)):
         example = {'context': f' {passage} ', 'question': 'How many ?', 'answers': [said]}
         example |= {} if start is None else {'answer_start': start + 1}
