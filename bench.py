@@ -26,7 +26,7 @@ import torch
 import data
 import reinforce
 from model import (GPT, GPTConfig, adamw, autocast, command_line, keep_freed_memory, open_device,
-                   parse_known, update)
+                   update)
 
 EOS = 50256
 # the makers' figures: TFLOP/s in dense bfloat16, GB/s of memory
@@ -281,7 +281,7 @@ def main(argv=None):
     parser.add_argument('--tflops', type=float, help="the device's peak, where PEAKS has none")
     parser.add_argument('--gbs', type=float, help='of its memory')
     parser.add_argument('--json', help='file to write')
-    args = parse_known(parser, argv)
+    args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if type(value) in (int, float) and not 0 < (value or name == 'micro_batch') < float('inf'):
             sys.exit(f'--{name} {value}: give a number above 0')

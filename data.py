@@ -5,7 +5,7 @@ The task: SQuAD 2.0 (Rajpurkar et al. 2018) in, prompts and responses out, and t
     response   {answer}<|endoftext|>, or  unanswerable<|endoftext|>
 
 Or data of one's own, see `load_examples`; the toy sets are made here, in memory, and need no
-download. Training takes the first gold answer, scoring all of them.
+download. The first gold answer teaches (MLE, anchor, y*, ties); the metrics take all of them.
 """
 
 import collections
@@ -135,7 +135,9 @@ def checked(path, rows):
             near = any(str(key).strip().lower() in ('context', 'passage') for key in row)
             for name in ('prompt', 'response', 'context') if near else ('prompt', 'response'):
                 if name not in row:
-                    raise LookupError(f'no column {name} among {", ".join(map(repr, row)):.200}')
+                    raise LookupError(f'has no {name} among {", ".join(map(repr, row)):.200}')
+                if row[name] is None and name != 'context':
+                    raise ValueError(f'has no {name}; a row without an answer has the response []')
             prompt, said, context = row['prompt'], row['response'], row.get('context') or ''
             answers = said if isinstance(said, list) else [said]         # all right; [] for none
             for text in (prompt, context, *answers):
@@ -308,12 +310,17 @@ def encode_prompt(example, enc, max_prompt, context=True):
         tokens = enc.encode_ordinary(question)
         return tokens[-max_prompt:], '' if len(tokens) > max_prompt else None
     head, tail = enc.encode_ordinary('[CONTEXT]'), enc.encode_ordinary('\n' + question)
-    body = enc.encode_ordinary(' ' + example['context'].strip())
+    body = encode_passage(' ' + example['context'].strip(), enc)
     excess = len(head) + len(body) + len(tail) - max_prompt
     if excess <= 0:
         return head + body + tail, None
     left = enc.decode_bytes(body[excess:]).decode(errors='ignore')       # but for half a character
     return (head + body[excess:] + tail)[-max_prompt:], left
+
+
+@functools.lru_cache(8)             # the questions on a passage follow one another
+def encode_passage(text, enc):
+    return enc.encode_ordinary(text)
 
 
 def is_lost(example, left):
@@ -340,6 +347,7 @@ class Split:
 
     def __init__(self, examples, enc, max_prompt, max_response, context=True):
         self.examples, self.eos, N = examples, enc.eot_token, len(examples)
+        self.examined = {}                # what evaluations found, see sample.evaluate_run
         self.prompts = np.full((N, max_prompt), enc.eot_token, np.int32)
         self.responses = np.full((N, max_response), enc.eot_token, np.int32)
         self.pads, self.lengths = np.zeros(N, np.int64), np.zeros(N, np.int64)
@@ -403,6 +411,8 @@ def load(cfg):
         print(f'tokenizing {name}', flush=True)
         split = load_split(cfg.data, name, enc, *size, cfg.context, n)
         print(f'{name}: {len(split)} examples, {split.cuts()}', flush=True)
+        if none := sum(not e['answers'] for e in split.examples):
+            print(f'{name}: {none} of {len(split)} have no answer, now `{UNANSWERABLE}`')
         splits.append(split)
     train, dev = ({*map(bytes, split.prompts)} for split in splits)
     if train & dev:
@@ -494,34 +504,47 @@ def f1(prediction, gold):
 
 
 def score_answer(prediction, example):
-    """Exact match and F1 in [0, 1] of one answer, each the best over all gold answers, as SQuAD 2.0
-    defines them; `unanswerable` counts as the empty string, but equal strings are equal. `accepts`,
-    a regular expression, is of right answers that are too many to list: both are 1."""
+    """
+    The metrics of one answer, by name, numbers in [0, 1]: evaluations, tables and curves show
+    whatever is here. em and f1, exact match and F1, are each the best over all gold answers, as
+    SQuAD 2.0 defines them; `unanswerable` counts as the empty string, but equal strings are equal.
+    `accepts`, a regular expression, is of right answers that are too many to list.
+    """
     golds = [a for a in example['answers'] if normalize(a)] or ['']
     if 'accepts' in example and re.fullmatch(example['accepts'], normalize(prediction)):
-        return 1.0, 1.0
-    if normalize(prediction) == UNANSWERABLE and UNANSWERABLE not in map(normalize, golds):
+        golds = [prediction]
+    elif normalize(prediction) == UNANSWERABLE and UNANSWERABLE not in map(normalize, golds):
         prediction = ''
-    return (float(max(normalize(prediction) == normalize(g) for g in golds)),
-            max(f1(prediction, g) for g in golds))
+    return {'em': float(max(normalize(prediction) == normalize(g) for g in golds)),
+            'f1': max(f1(prediction, g) for g in golds)}
 
 
 def score_answers(predictions, examples):
-    """Means of `score_answer` in percent, a prediction for each example, as a dict: those of
-    `by_class`, and unanswerable, how many say that."""
+    """Means of `by_class` of a prediction for each example and, if there are both classes,
+    unanswerable: how many say that, in percent."""
     rows = [score_answer(*pair) for pair in zip(predictions, examples, strict=True)]
-    said = [normalize(p) == UNANSWERABLE for p in predictions]
-    return by_class(100 * np.array(rows), examples) | {'unanswerable': 100 * float(np.mean(said))}
+    means = by_class(rows, examples)
+    if len(means) > len(rows[0]):
+        said = [normalize(p) == UNANSWERABLE for p in predictions]
+        means['unanswerable'] = 100 * float(np.mean(said))
+    return means
 
 
 def by_class(rows, examples):
-    """Means of EM and F1, rows (N, 2), as a dict: em, f1, and both for has_ (answerable) and no_
-    (unanswerable) examples; a group without examples is left out."""
-    has, out = np.array([bool(e['answers']) for e in examples]), {}
-    for name, group in ('', has | True), ('has_', has), ('no_', ~has):
-        if group.any():
-            out[name + 'em'], out[name + 'f1'] = rows[group].mean(0).tolist()
-    return out
+    """Means in percent of what `score_answer` said of each example, by name; if there are both,
+    those of answerable and of unanswerable examples, too, under has_ and no_ names."""
+    kinds, groups = [bool(e['answers']) for e in examples], {'': rows}
+    if len({*kinds}) > 1:
+        groups |= {prefix: [row for row, kind in zip(rows, kinds) if kind == has]
+                   for prefix, has in (('has_', True), ('no_', False))}
+    return {prefix + name: 100 * float(np.mean([row[name] for row in group]))
+            for prefix, group in groups.items() for name in rows[0]}
+
+
+def metrics_of(figures):
+    """The names that `score_answer` gives, found among the figures of an evaluation."""
+    names = [name for name in figures if 'sample_' + name in figures and name != 'unanswerable']
+    return [name for name in names if name.partition('_')[2] not in names]       # has_em is no name
 
 
 def distinct(responses, mask, n):

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -351,16 +350,22 @@ class GPT(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder):
-        """Writes config.json and model.safetensors: transformers.GPT2LMHeadModel opens them."""
+        """Writes what transformers.GPT2LMHeadModel opens: weights, config.json and, to sample as a
+        rollout does, generation_config.json. The last id ends an answer, here as in GPT-2."""
         c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu() for k, v in self.named_parameters()}
         weights = {k: (v.t() if k.endswith(TURNED) else v).contiguous() for k, v in weights.items()}
         save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
-        config = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'],
+        ends = dict.fromkeys(('bos_token_id', 'eos_token_id'), c.vocab_size - 1)
+        config = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], **ends,
                   'n_positions': c.block_size, 'vocab_size': c.vocab_size, 'n_layer': c.n_layer,
                   'n_head': c.n_head, 'n_embd': c.n_embd}
-        (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+        how = {**ends, 'pad_token_id': c.vocab_size - 1, 'do_sample': True, 'top_k': 0}
+        for name, settings in ('config.json', config), ('generation_config.json', how):
+            (folder / name).write_text(json.dumps(settings, indent=2) + '\n')
+        print(f"written: {folder}; without a tokenizer: GPT-2's is AutoTokenizer.from_pretrained"
+              "('gpt2'), of this folder it would have one token")
 
 
 def linear_in_float32(x, weight, bias=None):
@@ -531,7 +536,7 @@ def parse(argv, doc, Config, tiny, bounds, check):
             kind = dict(type=os.path.expanduser if f.type is str else f.type)
         note = f'{notes.get(f.name, "")} (default: {f.default})'.replace('%', '%%')
         parser.add_argument('--' + f.name, default=argparse.SUPPRESS, help=note, **kind)
-    given = vars(parse_known(parser, argv))
+    given = vars(parser.parse_args(argv))
     settings = dict(tiny) if given.get('tiny') else {}
     if given.get('resume'):
         settings = settings_to_resume({'out_dir': Config.out_dir, **given}, Config)
@@ -548,17 +553,6 @@ def parse(argv, doc, Config, tiny, bounds, check):
         raise ValueError('--resume with --overwrite: give one of them')
     check(cfg)
     return cfg
-
-
-def parse_known(parser, argv):
-    """What parser.parse_args gives; an unknown flag is told the one that is spelt nearly so."""
-    args, rest = parser.parse_known_args(argv)
-    if rest:
-        flags = re.findall(r'--\w+', parser.format_help())
-        near = difflib.get_close_matches(rest[0].partition('=')[0], flags, 1, .8)
-        hint = f': did you mean {near[0]}?' if near else ''
-        parser.error(f'unrecognized arguments: {" ".join(rest)}{hint}')
-    return args
 
 
 def main(doc, Config, tiny, bounds, check, train, argv=None):
@@ -619,7 +613,7 @@ def caught_signals(notice):
     """A list that gets the number of each SIGINT, SIGTERM and SIGHUP (not if ignored, as under
     nohup); at the first, rank 0 says the notice. They may come twice, from torchrun, too; but a
     SIGINT later than a second after the first is by hand, and ends the process at once."""
-    caught, times, kept, notices = [], [], {}, iter([notice])
+    caught, times, notices = [], [], iter([notice])
 
     def catch(number, _):                            # a second signal may come within it
         times.append(time.monotonic())
@@ -634,12 +628,33 @@ def caught_signals(notice):
         for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
             number = getattr(signal, name, None)     # Windows has no SIGHUP
             if number and (name != 'SIGHUP' or signal.getsignal(number) != signal.SIG_IGN):
-                kept[number] = signal.signal(number, catch)
+                HANDLERS[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+        release_signals()
+
+
+HANDLERS = {}                     # those of before, while `caught_signals` has its own
+
+
+def release_signals():
+    """From here on a signal ends the process, or does what it did before `caught_signals`."""
+    while HANDLERS:
+        signal.signal(*HANDLERS.popitem())
+
+
+def progress(steps, what):
+    """Yields what is in `steps`, a sequence; a bar on a terminal, elsewhere a line a minute."""
+    start = shown = time.monotonic()
+    bar = tqdm(steps, what, disable=None, leave=False, delay=1)
+    for n, step in enumerate(bar, 1):
+        yield step
+        now = time.monotonic()
+        if bar.disable and now - shown >= 60:
+            left = (now - start) / 60 * (len(steps) / n - 1)
+            print(f'{what}: {n} of {len(steps)}, {left:.0f} minutes left')
+            shown = now
 
 
 def load_gpt(source, of, cfg, n_vocab):
@@ -679,9 +694,8 @@ def load_networks(cfg, n_vocab, *splits):
         check_fit(file or f'--{flag} {getattr(cfg, flag)}', gpt.config, n_vocab, vars(cfg))
     if world() > 1:
         starts = [None] * world()
-        dist.all_gather_object(starts, [rows, saved.get('sft_iter'), saved.get('iter'), *(
-            p.view(torch.int32).sum().item() for network in (generator, discriminator)
-            for p in network.state_dict().values())])
+        dist.all_gather_object(starts, [rows, saved.get('sft_iter'), saved.get('iter'),
+                                        checksum(generator), checksum(discriminator)])
         if any(start != starts[0] for start in starts):
             raise ValueError('the ranks begin with different rows, steps or weights: give all the '
                              'same --data, --init_from, --d_init_from and --out_dir')
@@ -691,6 +705,11 @@ def load_networks(cfg, n_vocab, *splits):
         raise ValueError(f'--data {cfg.data}, --eval_prompts {cfg.eval_prompts}: other rows than '
                          f'the run in {cfg.out_dir} began with: give those, or start another')
     return generator, discriminator, saved | {'rows': rows}
+
+
+def checksum(network):
+    """Of each of a network's tensors, in float32, a number that changes with it."""
+    return tuple(p.view(torch.int32).sum().item() for p in network.state_dict().values())
 
 
 def load_discriminator(cfg, generator, saved):
@@ -783,9 +802,8 @@ def signalled(caught):
 # -----------------------------------------------------------------------------
 # a run: checkpoints of tensors and plain values only, device, folder, log
 
-FORMAT = 5                        # of checkpoints: add 1 whenever they come to hold something else
-SCREEN = {'iter': 'reward gap d_acc kl f1 sample_em sample_f1',
-          'sft_iter': 'mle loss f1 sample_em sample_f1'}
+FORMAT = 6                        # of checkpoints: add 1 whenever they come to hold something else
+SCREEN = {'iter': 'reward gap d_acc d_acc_mean kl', 'sft_iter': 'mle loss'}
 
 
 def save_checkpoint(path, state):
@@ -848,8 +866,9 @@ def settings_to_resume(given, Config):
     for name in ('init_from context max_prompt max_response n_layer n_head n_embd sft_iters '
                  'd_init_from d_n_layer d_n_head d_n_embd'.split()):
         if name in given and given[name] != settings[name]:
+            how = f' with --init_from {Path(given["out_dir"]) / "sft.pt"} --sft_iters 0'
             raise ValueError(f'--resume with --{name} {given[name]}: the run has {settings[name]}; '
-                             'leave it, or start another')
+                             f'leave it, or start another{how * (name == "sft_iters")}')
     return settings
 
 
@@ -961,11 +980,12 @@ def for_readers(what):
 class Log:
     """
     Appends records, dicts, to out_dir/metrics.jsonl, on rank 0, below a header with the config and
-    the device that it began on; prints what SCREEN names of evaluations and of every tenth of the
-    others. Tensors in one are read here, when all of a step is on its way; a number that is not
-    finite is a FloatingPointError. To go on from `saved`, a checkpoint, the file is cut to what it
-    was then. Checkpoints take `settings`, those that `open_device` resolves as `given`, and
-    the `rows` of `saved`.
+    the device that it began on; prints what SCREEN names of evaluations, with their `metrics` of
+    greedy/sampled answers, and of every tenth of the others. Tensors in one are read here, when all
+    of a step is on its way; a number that is not finite is a FloatingPointError. To go on from
+    `saved`, a checkpoint, the file is cut to what it was then; settings that are other than then
+    are a record, `resumed`. Checkpoints take `settings`, those that `open_device` resolves as
+    `given`, and the `rows` of `saved`.
     """
 
     def __init__(self, out, cfg, given, saved):
@@ -990,11 +1010,17 @@ class Log:
                 (out / old).unlink(missing_ok=True)
             name = torch.cuda.get_device_name(cfg.device) if self.cuda else cfg.device
             header = {'config': asdict(cfg), 'python': sys.version.split()[0], 'device': name,
-                      'torch': torch.__version__, 'threads': torch.get_num_threads()}
+                      'torch': torch.__version__, 'threads': torch.get_num_threads(),
+                      'dev_rows': self.rows[1:]}
             self.path.write_text(json.dumps(header) + '\n')
         if 'model' in saved:
-            stage, n = ('iteration', cfg.iters) if 'iter' in saved else ('MLE step', cfg.sft_iters)
-            print(f'resumed at {stage} {saved.get("iter", saved.get("sft_iter"))} of {n}')
+            stage, then = 'iter' if 'iter' in saved else 'sft_iter', saved['settings']
+            changed = {k: v for k, v in self.settings.items() if v != then.get(k, v)}
+            changed.pop('out_dir', None)             # it may be a copy
+            if changed:
+                self({stage: saved[stage], 'resumed': changed, 'dev_rows': self.rows[1:]})
+            print(f'resumed at {stage} {saved[stage]} of {getattr(cfg, stage + "s")}',
+                  f'with {changed}' * bool(changed))
 
     def lap(self, station=None):
         """Notes in `seconds` what passed since the last lap, as the station's; else begins anew."""
@@ -1004,7 +1030,7 @@ class Log:
         self.seconds = {**self.seconds, station: now - self.start} if station else {}
         self.start = now
 
-    def __call__(self, record):
+    def __call__(self, record, metrics=()):
         record = {k: v.item() if torch.is_tensor(v) else v for k, v in record.items()}
         stage = next((k for k in SCREEN if k in record), None)
         at = f'{stage} {record[stage]}' if stage else 'the end'
@@ -1026,6 +1052,7 @@ class Log:
         if 'dev' in record or 'seconds' in record and record[stage] % 10 == 0:
             said = [f'{k} {figures[k]:.3g}' for k in SCREEN[stage].split()
                     if figures.get(k) is not None]
+            said += [f'{k} {figures[k]:.3g}/{figures["sample_" + k]:.3g}' for k in metrics]
             took = sum(record.get('seconds', {}).values())
             tqdm.write('  '.join([at, *said, f'{took:.3g} s' if took else 'on dev']))
 

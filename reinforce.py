@@ -18,13 +18,12 @@ from typing import Literal, Optional
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import sample
 from model import (Log, adamw, all_sum, autocast, gathered, hold_last, load_checkpoint,
-                   load_networks, main, margin, open_device, open_folder, rank, save, schedule,
-                   shard, signalled, update, world)
+                   load_networks, main, margin, open_device, open_folder, progress, rank, save,
+                   schedule, shard, signalled, update, world)
 
 # -----------------------------------------------------------------------------
 # config: every field is a flag, its comment is the flag's --help
@@ -43,7 +42,7 @@ class Config:
     wandb: bool = False              # Weights & Biases gets what metrics.jsonl does
     tiny: bool = False               # toy-ways and its settings: CPU, no downloads, minutes
     eval_interval: int = 100         # steps between evaluations, and checkpoints
-    eval_prompts: int = 2000         # dev prompts of an evaluation
+    eval_prompts: int = 2000         # dev prompts of an evaluation, which counts all gold answers
     # data
     data: str = 'squad_v2'           # squad_v2, squad, toy[-varied|-ways]; own.jsonl, .csv, folder
     context: bool = True             # put the passage into the prompt; README's poster did not
@@ -55,7 +54,7 @@ class Config:
     n_head: int = 12                 # heads of a layer, with --init_from scratch
     n_embd: int = 768                # channels, with --init_from scratch
     # warm start
-    sft_iters: int = 8000            # MLE steps on gold answers; 0 for none
+    sft_iters: int = 8000            # MLE steps on the first gold answer of each prompt; 0 for none
     sft_batch_size: int = 32         # examples of an MLE step
     sft_lr: float = 3e-5             # peak learning rate of the warm start
     sft_dropout: float = 0.0         # of the generator, in the warm start
@@ -293,7 +292,7 @@ def warm_start(generator, own, train_set, dev_set, enc, out, log, caught, cfg):
             return True
         optimizer.load_state_dict(saved['optimizer'])
         best = saved['best']
-    for step in tqdm(range(start, cfg.sft_iters), 'warm start', disable=None):
+    for step in progress(range(start, cfg.sft_iters), 'warm start'):
         due, stop = step % cfg.eval_interval == 0, signalled(caught)
         if stop or due:
             save(path, generator, log, sft_iter=step, optimizer=optimizer, best=best, **own)
@@ -353,15 +352,19 @@ def train(cfg, caught=()):
         for network in reference, discriminator.trunk:
             network.compile()
 
-    for it in tqdm(range(start, cfg.iters), 'iterations', disable=None):
+    for it in progress(range(start, cfg.iters), 'iterations'):
         # evaluate and checkpoint
-        due, stop = it % cfg.eval_interval == 0, signalled(caught)
+        moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
+                  or it >= cfg.d_warmup_iters)
+        begins = moving and running['start'] is None
+        due, stop = begins or it % cfg.eval_interval == 0, signalled(caught)
         if (stop or due) and not running['sick']:            # the last healthy one is kept
             save(out / 'ckpt.pt', generator, log, iter=it, running=running, **stateful)
         if stop:
             return None
         if due and rank() == 0:
-            sample.report({'iter': it}, generator, discriminator, dev_set, enc, out, log, cfg)
+            at = {'iter': it, 'd_acc_mean': running['d_acc'], 'begins': begins}
+            sample.report(at, generator, discriminator, dev_set, enc, out, log, cfg)
 
         # rollout
         log.lap()
@@ -377,14 +380,11 @@ def train(cfg, caught=()):
         log.lap('rollout')
 
         # discriminator step
-        moving = (running['start'] is not None or running['d_acc'] >= cfg.d_warmup_acc
-                  or it >= cfg.d_warmup_iters)
         if running['start'] is None:
             running['distinct2'] = min(running['distinct2'], record['distinct2'])
-            if moving:
-                running['start'] = it
-                save(out / 'start.pt', generator, log, iter=it, running=running, **stateful)
-                tqdm.write(f'iteration {it}: the generator begins to move')
+        if begins:
+            running['start'] = it
+            save(out / 'start.pt', generator, log, iter=it, running=running, **stateful)
         scores, figures = discriminator_step(discriminator, d_optimizer, batch, roll, cfg)
         record |= figures
         if record['d_acc'] is not None:

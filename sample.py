@@ -11,10 +11,12 @@ one thing. A run is its folder or its metrics.jsonl; the folder is its last chec
 """
 
 import argparse
-import itertools
 import json
 import math
+import re
+import shutil
 import sys
+import textwrap
 from os.path import expanduser
 from pathlib import Path
 
@@ -24,9 +26,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (GPT, Discriminator, all_sum, autocast, check_fit, command_line, for_readers,
-                   hold_last, keep_freed_memory, last_checkpoint, load_checkpoint,
-                   load_discriminator, margin, open_device, parse_known, rank, update)
+from model import (GPT, Discriminator, all_sum, autocast, check_fit, checksum, command_line,
+                   for_readers, hold_last, keep_freed_memory, last_checkpoint, load_checkpoint,
+                   load_discriminator, margin, open_device, progress, rank,
+                   release_signals, update)
 
 JUDGES, PAIRS = 3, 200           # fresh discriminators to a figure; fewer pairs are not judged
 DEFAULTS = dict(data='squad_v2', context=True, max_prompt=256, max_response=32, temperature=1.0)
@@ -106,7 +109,7 @@ def batches(split, size):
     """Example numbers of a split in batches of one size, which graphs and kept caches want; the
     last goes on with the first examples, so cut what comes of them to len(split)."""
     n = min(size, len(split))
-    return np.resize(np.arange(len(split)), (-(-len(split) // n), n))
+    yield from progress(np.resize(np.arange(len(split)), (-(-len(split) // n), n)), 'dev')
 
 
 def answer(generator, split, temperature, args, samples=1):
@@ -134,13 +137,13 @@ def gold_loss(generator, split, args):
 
 
 def examine(generator, split, enc, temperature, args):
-    """Figures of a greedy and of a sampled answer to each prompt; the sampled: text, ids, mask."""
-    greedy = data.to_text(*answer(generator, split, 0, args), enc)
+    """Figures of a greedy and of a sampled answer to each prompt; texts, lists by their names, of
+    both; ids and mask of the sampled."""
+    texts = {'greedy': data.to_text(*answer(generator, split, 0, args), enc)}
     response, mask = answer(generator, split, temperature, args)
-    texts = data.to_text(response, mask, enc)
-    sampled = data.score_answers(texts, split.examples)
-    figures = data.score_answers(greedy, split.examples) | {
-        f'sample_{key}': value for key, value in sampled.items()} | {
+    texts['sampled'] = data.to_text(response, mask, enc)
+    greedy, sampled = (data.score_answers(said, split.examples) for said in texts.values())
+    figures = greedy | {f'sample_{key}': value for key, value in sampled.items()} | {
         'loss': gold_loss(generator, split, args),
         'length': mask.sum(1).float().mean().item(), 'distinct2': data.distinct(response, mask, 2)}
     return figures, texts, response, mask
@@ -191,13 +194,16 @@ def compare(args):
 
 @torch.no_grad()
 def evaluate_run(generator, discriminator, split, enc, cfg):
-    """Figures of a generator, and one sampled answer to each prompt, drawn as in a rollout: those
-    of `examine`; with a discriminator, of the sampled reward (the mean margin, whatever --reward
-    is), score, gap, d_acc and tie_rate, as a run logs them; Gumbel-softmax logs those of relaxed
-    answers, these are of ids."""
+    """Figures of a generator, and answers to each prompt, drawn as in a rollout: those of
+    `examine`, kept while the generator rests; with a discriminator, of the sampled reward (the mean
+    margin, whatever --reward is), score, gap, d_acc, its 95% interval d_acc_low, d_acc_high, and
+    tie_rate, as a run logs them; Gumbel-softmax logs those of relaxed answers, these are of ids."""
     size = cfg.micro_batch * cfg.samples             # with one seed: always the same noise
     args = argparse.Namespace(**vars(cfg) | {'batch_size': size, 'seed': 0, 'top_k': None})
-    figures, texts, response, mask = examine(generator, split, enc, cfg.temperature, args)
+    key = checksum(generator), cfg.temperature, size
+    if key not in split.examined:
+        split.examined[key] = examine(generator, split, enc, cfg.temperature, args)
+    figures, texts, response, mask = split.examined[key]
     if discriminator is None:
         return figures, texts
     gold = split.batch(range(len(split)), cfg.device)
@@ -205,58 +211,86 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     scores = scores_of(discriminator, split, batches(split, size), *pairs, args)[:len(split)]
     worth = margin(scores, *pairs, pairs[0][..., -1] == split.eos, cfg.d_prefixes)
     differ = (gold.response != response).any(1, keepdim=True)
-    return figures | {'reward': worth.mean().item(), **data.told(scores, differ)}, texts
+    told, rows = data.told(scores, differ), differ[:, 0].cpu().numpy()
+    right = (scores[:, 0, -1] - scores[:, 1, -1]).sign().cpu().numpy() / 2 + .5
+    if rows.any():
+        told['d_acc_low'], told['d_acc_high'] = interval(right[rows], groups_of(split)[rows])
+    return figures | {'reward': worth.mean().item(), **told}, texts
 
 
 def report(at, generator, discriminator, split, enc, out, log, cfg):
     """Evaluates a run for its log, where `at` is its key and number, the screen, which gets three
-    answers in lines of at most 100 columns, and curves.png; returns figures, sampled answers."""
+    answers in lines as wide as the terminal, samples.txt and curves.png; returns figures, answers.
+    Where `at` has that the generator begins to move, the screen has what there is to learn."""
     figures, texts = evaluate_run(generator, discriminator, split, enc, cfg)
-    log({**at, 'dev': figures})
+    log({**at, 'dev': figures}, data.metrics_of(figures))
     rows = sorted(range(len(split)), key=lambda i: not split.examples[i]['answers'])
-    some = [(split.examples[i], texts[i]) for i in rows[:2] + rows[2:][-1:]]     # of both kinds
+    some = [(split.examples[i], texts['sampled'][i]) for i in rows[:2] + rows[2:][-1:]]
     said = [[repr(text)[1:-1] for text in (                  # whatever is in it, one line
         e['question'], (e['answers'] or [data.UNANSWERABLE])[0], text)] for e, text in some]
-    _, gold, sampled = (min(28, max(map(len, column))) for column in zip(*said))
+    widths = [max(map(len, column)) for column in zip(*said)]
+    while sum(widths) > max(30, shutil.get_terminal_size((100, 24)).columns - 21):
+        widths[widths.index(max(widths))] -= 1
     for cells in said:
         tqdm.write('  {:{q}.{q}}  gold: {:{g}.{g}}  sampled: {:.{s}}'.format(
-            *cells, q=79 - gold - sampled, g=gold, s=sampled))
+            *cells, **dict(zip('qgs', widths))))
+    if at.get('begins'):
+        tqdm.write(f'iteration {at["iter"]}: the generator begins to move\n'
+                   + textwrap.fill(lesson(figures, at['d_acc_mean']), 99))
+    with for_readers(out / 'samples.txt'):
+        (out / 'samples.txt').write_text(side_by_side(split.examples[:20], texts.items()), 'utf-8')
     if discriminator:
         with for_readers(out / 'curves.png'):
             draw({'this run': read_runs(out)}, out / 'curves.png')
     return figures, texts
 
 
+def lesson(figures, training):
+    """What a score has to teach, in words: by a discriminator's figures on dev, where .5 is chance,
+    and the share of its last training batches' pairs that it told before it learned from them."""
+    d_acc, low, high = (figures.get(key) for key in ('d_acc', 'd_acc_low', 'd_acc_high'))
+    if d_acc is None:
+        return 'All samples on dev are the gold answers: a score has nothing to teach.'
+    knows = training > high and training - .5 > 2 * (d_acc - .5)
+    return (f"The discriminator tells {d_acc:.0%} of dev's pairs ({low:.0%} to {high:.0%}) and "
+            f'{training:.0%} of its last training batches'
+            + ': it knows its examples, not the task' * knows
+            + '. The score has nothing to teach yet: raise --d_warmup_iters or --d_lr, take more '
+              'data or another --d_init_from' * (low <= .5) + '.')
+
+
 def better(best, step, generator, split, enc, out, log, cfg):
-    """Evaluates the warm start at a step. Returns loss on dev and weights of the generator or, if
-    its loss was no more, `best`, which was them: by F1 the best would be the most mute one."""
+    """Evaluates the warm start at a step. Returns loss on dev, step and weights of the generator
+    or, if its loss was no more, `best`, which was them: by F1 the best would be the most mute."""
     loss = torch.zeros((), device=cfg.device)
     if rank() == 0:
         loss += report({'sft_iter': step}, generator, None, split, enc, out, log, cfg)[0]['loss']
     loss = all_sum(loss).item()                      # the same on all ranks
-    if best and best['loss'] <= loss:
-        return best
-    return {'loss': loss, 'model': {name: weight.to('cpu', copy=True)
-                                    for name, weight in generator.state_dict().items()}}
+    if not best or best['loss'] > loss:
+        best = {'loss': loss, 'step': step, 'model': {
+            name: weight.to('cpu', copy=True) for name, weight in generator.state_dict().items()}}
+    if step == cfg.sft_iters:
+        print(f'kept: step {best["step"]} of {step}, loss {best["loss"]:.3g}')
+    return best
 
 
 def finish(reference, generator, discriminator, split, enc, out, log, cfg):
     """The end of a run, by rank 0: evaluates the warm start and, the last report, the tuned model;
-    writes a sample of each to out/samples.txt, prints their table, logs and returns the figures."""
+    prints their table, logs and returns the figures. All is saved: a signal ends it at once."""
+    release_signals()
     if rank():
         return None
-    warm, warm_texts = evaluate_run(reference, discriminator, split, enc, cfg)
-    tuned, texts = report({'iter': cfg.iters}, generator, discriminator, split, enc, out, log, cfg)
-    answers = ('warm start', warm_texts), ('tuned', texts)
-    with for_readers(out / 'samples.txt'):
-        (out / 'samples.txt').write_text(side_by_side(split.examples[:20], answers), 'utf-8')
+    warm, _ = evaluate_run(reference, discriminator, split, enc, cfg)
+    tuned, _ = report({'iter': cfg.iters}, generator, discriminator, split, enc, out, log, cfg)
     figures = {'warm start': warm, 'tuned': tuned}
-    columns = {'em': 'EM', 'f1': 'F1', 'sample_em': 'EM sampled', 'sample_f1': 'F1 sampled',
-               'reward': 'reward', 'gap': 'gap', 'd_acc': 'd_acc', 'distinct2': 'distinct-2'}
-    print(' ' * 12 + ''.join(f'{title:>11}' for title in columns.values()))
+    columns = {key: header for key, header in headers(warm).items()          # none by class
+               if key.removeprefix('sample_') in data.metrics_of(warm)}
+    columns |= {'reward': 'reward', 'gap': 'gap', 'd_acc': 'd_acc', 'distinct2': 'distinct-2'}
+    width = 1 + max(map(len, columns.values()))
+    print(' ' * 12 + ''.join(f'{header:>{width}}' for header in columns.values()))
     for name, row in figures.items():
         cells = ('-' if row[key] is None else f'{row[key]:.3f}' for key in columns)
-        print(f'{name:12}' + ''.join(f'{c:>11}' for c in cells), flush=True)
+        print(f'{name:12}' + ''.join(f'{c:>{width}}' for c in cells), flush=True)
     log({'final': figures})
     return figures
 
@@ -312,7 +346,7 @@ def fresh_discriminator(trunk, split, fake, fake_mask, seed, args):
     network = Discriminator(trunk, dropout=.1).to(args.device)
     lr, steps = args.test_lr or .064 / trunk.config.n_embd, args.test_steps
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=.01, fused=True)
-    for step in tqdm(range(steps), 'fresh discriminator', disable=None, leave=False):
+    for step in progress(range(steps), 'fresh discriminator'):
         rows = learn[data.order(len(learn), min(args.batch_size, len(learn)), seed, step)]
         for part in np.array_split(rows, -(-len(rows) // args.micro_batch)):
             scores = scores_of(network, split, [part], *pairs, args)         # (n, 2, R)
@@ -365,25 +399,28 @@ def drift(generator, base, split, temperature, args):
 
 @torch.no_grad()
 def best_of(generator, discriminator, split, enc, temperature, args):
-    """EM and F1 in percent of one of args.best_of samples to each prompt: the discriminator's
-    choice, any (their mean), the best; has_, no_: of answerable and unanswerable questions. Does it
-    know what the generator does not?"""
+    """Means of `by_class` of one of args.best_of samples to each prompt: the discriminator's
+    choice, any (their mean), the best; and the chosen texts. Does it know what the generator does
+    not?"""
     n = args.best_of
     ids = answer(generator, split, temperature, args, n)                     # (N n, R)
-    found = [data.score_answer(text, split.examples[i // n])
-             for i, text in enumerate(data.to_text(*ids, enc))]
-    found = 100 * np.reshape(found, (-1, n, 2))                              # EM and F1
+    texts = data.to_text(*ids, enc)
+    rows = [data.score_answer(text, split.examples[i // n]) for i, text in enumerate(texts)]
     groups = batches(split, max(1, args.batch_size // n))
     scores = scores_of(discriminator, split, groups, *(z.unflatten(0, (-1, n)) for z in ids), args)
-    chosen = scores[:len(split), :, -1].argmax(1).cpu().numpy()
-    ranked = {'chosen': found[np.arange(len(split)), chosen], 'any': found.mean(1),
-              'possible': found.max(1)}
-    return {'n': n} | {name: data.by_class(rows, split.examples) for name, rows in ranked.items()}
+    chosen = scores[:len(split), :, -1].argmax(1).cpu().numpy() + n * np.arange(len(split))
+    each = [rows[i:i + n] for i in range(0, len(rows), n)]
+    ranked = {'chosen': [rows[i] for i in chosen], **{
+        which: [{name: pick([row[name] for row in group]) for name in rows[0]} for group in each]
+        for which, pick in (('any', np.mean), ('possible', max))}}
+    figures = {which: data.by_class(found, split.examples) for which, found in ranked.items()}
+    return {'n': n, **figures}, [texts[i] for i in chosen]
 
 
 def judge(generator, base, discriminator, split, enc, temperature, args):
-    """All figures of one checkpoint at one temperature; with a discriminator, `best_of` too."""
-    figures, _, response, mask = examine(generator, split, enc, temperature, args)
+    """All figures of one checkpoint at one temperature, and its answers, texts by name; with a
+    discriminator, `best_of` too."""
+    figures, texts, response, mask = examine(generator, split, enc, temperature, args)
     figures['fresh'] = told_apart(base, split, response, mask, args)
     shares = [np.bincount(n, minlength=response.size(1) + 1) / len(split)
               for n in (mask.sum(1).cpu().numpy(), split.lengths)]
@@ -391,13 +428,15 @@ def judge(generator, base, discriminator, split, enc, temperature, args):
     figures['kl'] = drift(generator, base, split, temperature, args)
     figures['perplexity'] = torch.tensor(figures['loss']).exp().item()       # inf, if it is
     if discriminator:
-        figures['best_of'] = best_of(generator, discriminator, split, enc, temperature, args)
-    return figures
+        figures['best_of'], texts['chosen'] = best_of(generator, discriminator, split, enc,
+                                                      temperature, args)
+    return figures, texts
 
 
 def evaluate(args):
-    """Judges checkpoints on held-out prompts; --out has every figure."""
-    named, discriminator, results = names(args.evaluate), None, {}
+    """Judges checkpoints on held-out prompts; --out has every figure, and beside it, in a .jsonl,
+    every answer."""
+    named, discriminator, results, lines = names(args.evaluate), None, {}, []
     args.base = args.base or named[0][1]
     sources = [source for _, source in named] + [args.base]
     enc, split, settings = task_of(sources + [args.discriminator] * bool(args.best_of), args)
@@ -410,20 +449,33 @@ def evaluate(args):
                              'give a ckpt.pt or start.pt')
         plain = argparse.Namespace(device=args.device, d_dropout=0.0)
         discriminator = load_discriminator(plain, None, saved)
+    groups = groups_of(split)
+    if args.test_steps and not all(len(half) for k in range(JUDGES)
+                                   for half in halves(groups, (args.seed, k))):
+        raise ValueError(f'the {len(split)} prompts are of {groups.max() + 1} passages, too few to '
+                         'judge by: give more --prompts, another --seed or --test_steps 0')
     out = Path(args.out or 'out/evaluation.json')
+    answers = out.with_name(out.name.removesuffix('.json') + '.jsonl')
     out.parent.mkdir(parents=True, exist_ok=True)
-    open(out, 'a').close()                           # now, if it cannot be written
+    for file in out, answers:
+        open(file, 'a').close()                      # now, if it cannot be written
     setup = {'torch': torch.__version__, 'settings': settings, **vars(args)}
     gold = split.batch(range(len(split)))
     print(f'{len(split)} prompts of {settings["data"]}; gold answers: distinct-2 '
           f'{data.distinct(gold.response, gold.mask, 2):.3f}, length {split.lengths.mean():.2f}; '
-          f'fresh discriminators start from {args.base}, KL is from it, in nats per token')
+          f'fresh discriminators start from {args.base}, KL is from it, in nats per token'
+          + f'; none will judge, for want of {PAIRS} prompts' * (len(split) < PAIRS))
     for name, source in named:
         generator = GPT.from_pretrained(source).to(args.device)
         for temperature in args.temperature:
-            f = judge(generator, base, discriminator, split, enc, temperature, args)
+            f, texts = judge(generator, base, discriminator, split, enc, temperature, args)
             f |= {'prompts': len(split), 'temperature': temperature, 'source': source}
             label = name if len(args.temperature) == 1 else f'{name}, T {temperature}'
+            lines += [json.dumps({
+                'name': label, 'source': source, 'temperature': temperature,
+                'prompt': e['question'], 'context': e['context'], 'gold': e['answers'],
+                **dict(zip(texts, said))}) + '\n'
+                for e, *said in zip(split.examples, *texts.values())]
             results.setdefault(label, []).append(f)
             keep_freed_memory(False)
             row = [f'{header} {cell(header, [value])}' for header, value in row_of(f).items()]
@@ -432,7 +484,8 @@ def evaluate(args):
             test = ('{pairs} pairs that differ, {ties} ties; ' + test).format(**f['fresh'])
             print(f'\n{label}, at {temperature}: {", ".join(row)}\n  {test}', flush=True)
             write_json(out, {'setup': setup, 'results': results})
-    print(f'\nwritten: {out}')
+            answers.write_text(''.join(lines))
+    print(f'\nwritten: {out}, the answers: {answers}')
 
 
 def write_json(path, value):
@@ -444,11 +497,15 @@ def write_json(path, value):
 # -----------------------------------------------------------------------------
 # tables and curves
 
-COLUMNS = {'EM': 'em', 'F1': 'f1', 'F1, HasAns': 'has_f1', 'F1, NoAns': 'no_f1',
-           'EM sampled': 'sample_em', 'F1 sampled': 'sample_f1',
-           'F1 sampled, HasAns': 'sample_has_f1', 'F1 sampled, NoAns': 'sample_no_f1',
-           'unanswerable %': 'unanswerable',
-           'sampled unanswerable %': 'sample_unanswerable'}
+def headers(figures):
+    """What the metrics among the figures of an evaluation are called, by their keys: of greedy
+    answers, then of sampled ones."""
+    called = {f'{of}{kind}{name}': {'em': 'EM', 'f1': 'F1'}.get(name, name) + said + group
+              for of, said in (('', ''), ('sample_', ' sampled'))
+              for kind, group in (('', ''), ('has_', ', HasAns'), ('no_', ', NoAns'))
+              for name in data.metrics_of(figures)}
+    called |= {'unanswerable': 'unanswerable %', 'sample_unanswerable': 'sampled unanswerable %'}
+    return {key: header for key, header in called.items() if key in figures}
 
 
 def row_of(f):
@@ -460,22 +517,24 @@ def row_of(f):
         return f['row']
     fresh, ties = f['fresh'], 100 * f['fresh']['ties'] / f['prompts']
     right = 100 * fresh['accuracy'] if fresh.get('judges', True) else np.nan
-    row = {header: f.get(key, np.nan) for header, key in COLUMNS.items()} | {
+    called = headers(f)
+    row = {header: f[key] for key, header in called.items()} | {
         'told apart %': right, 'of all %': right + ties / 100 * (50 - right), 'ties %': ties,
         'distinct-2': f['distinct2'], 'length dist.': f['length_distance'], 'KL': f['kl'],
         'perplexity': f['perplexity']}
     best = {'chosen': 'chosen', 'any': 'of any', 'possible': 'possible'} if 'best_of' in f else {}
-    for (key, name), metric in itertools.product(best.items(), ('EM', 'F1')):
-        row |= {f'{metric} {name}{group}': f['best_of'][key].get(kind + metric.lower(), np.nan)
-                for kind, group in (('', ''), ('has_', ', HasAns'), ('no_', ', NoAns'))}
+    for which, said in best.items():                 # F1 chosen, HasAns
+        row |= {re.sub('(?=,)|$', ' ' + said, called[key], count=1): value
+                for key, value in f['best_of'][which].items()}
     return {header: float(value) for header, value in row.items()}
 
 
 def row_of_run(last):
     """Columns for the last values of a run: its evaluation, and whether a collapse ended it."""
-    row = {header: last.get('dev', {}).get(key, np.nan)
-           for header, key in (COLUMNS | {'distinct-2': 'distinct2'}).items()}
-    return row | {'longest run': last.get('longest_run', np.nan),
+    dev = last.get('dev', {})
+    row = {header: dev[key] for key, header in headers(dev).items()}
+    return row | {'distinct-2': dev.get('distinct2', np.nan),
+                  'longest run': last.get('longest_run', np.nan),
                   'stopped at': str(last['iter']) if 'collapsed' in last else '',
                   'answers like': f'`{last["collapsed"] or " "}`' if 'collapsed' in last else ''}
 
@@ -524,27 +583,27 @@ def table(args):
         print('| ' + ' | '.join([in_cell(label), *cells]) + ' |')
 
 
-PANELS = {  # by what numbers a record: title, and key of a record or, after dev, of its evaluation
-    'iter': {
-        'EM of sampled answers (%)': 'dev sample_em', 'F1 of sampled answers (%)': 'dev sample_f1',
-        'F1 on dev (%)': 'dev f1', 'distinct-2 of sampled answers': 'dev distinct2',
-        'longest run of a token': 'longest_run', 'reward on dev (mean margin)': 'dev reward',
-        'score of samples less gold': 'dev gap', 'discriminator loss (nats)': 'd_loss',
-        'pairs told apart (running mean)': 'd_acc_mean', 'KL from warm start (nats/token)': 'kl'},
-    'sft_iter': {
-        'loss on dev (nats/token)': 'dev loss', 'EM on dev (%)': 'dev em',
-        'F1 on dev (%)': 'dev f1', 'F1 of answerable questions (%)': 'dev has_f1',
-        'F1 of unanswerable questions (%)': 'dev no_f1',
-        'EM of sampled answers (%)': 'dev sample_em', 'F1 of sampled answers (%)': 'dev sample_f1',
-        'share of unanswerable (%)': 'dev unanswerable',
-        'distinct-2 of sampled answers': 'dev distinct2'}}
+def panels(figures, warm):
+    """Titles of curves, by all figures of evaluations, with the key of a record or, after dev, of
+    its evaluation."""
+    found = {f'{header} (%)': f'dev {key}' for key, header in headers(figures).items() if warm
+             or key.removeprefix('sample_') in data.metrics_of(figures) and 'sample_' in key}
+    if warm:
+        return {'loss on dev (nats/token)': 'dev loss', **found, 'distinct-2': 'dev distinct2'}
+    return found | {
+        'distinct-2 of samples': 'dev distinct2', 'longest run of a token': 'longest_run',
+        'reward on dev (mean margin)': 'dev reward', 'score of samples less gold': 'dev gap',
+        'discriminator loss (nats)': 'd_loss', 'pairs told apart, in training': 'd_acc_mean',
+        'pairs told apart, on dev': 'dev d_acc', 'KL from warm start (nats/token)': 'kl'}
+
+
 STYLES = '-', '--', ':', '-.'        # of as many runs as there are colours, each
 COLOURS = '#4c8dd6 #e0823d #3fa66a #b565c9 #d1555b #8f8a2f #30a5b5 #9a7b5f #d66fa6'.split()
 
 
 def windows(records, number, key):
     """Numbers, of iterations or of steps of the warm start, at which a run has a value of a key of
-    PANELS, and the values, as means of at most 60 windows."""
+    `panels`, and the values, as means of at most 60 windows."""
     flat = [r | {f'dev {k}': v for k, v in r.get('dev', {}).items()} for r in records]
     points = [(r[number], r[key]) for r in flat if number in r and r.get(key) is not None]
     size = max(1, -(-len(points) // 60))
@@ -554,39 +613,48 @@ def windows(records, number, key):
 
 def draw(groups, out):
     """A PNG of runs, lists of records, by name; those of a name look alike. Of iterations, with a
-    dotted line where the generator begins to move; of the warm starts if there is no other yet."""
+    dotted line where the generator begins to move; of the warm starts if there is no other yet.
+    A dashed line is chance: what a discriminator that knows nothing has."""
     from matplotlib.figure import Figure             # here, for it takes half a second
-    figure, grey = Figure((18, 6.2), facecolor='none'), '#858c95'
     looks = [(style, hue) for style in STYLES for hue in COLOURS]
-    axes = figure.subplots(2, 5, sharex=True)
-    # by hand, for a layout that measures takes most of a picture's two seconds
-    figure.subplots_adjust(.03, .1 + .045 * -(-len(groups) // 6), .99, .94, .17, .3)
     every = [r for runs in groups.values() for run in runs for r in run]
     warm = any('sft_iter' in r for r in every) and not any(r.get('iter') for r in every)
     number, axis = ('sft_iter', 'MLE step') if warm else ('iter', 'iteration')
-    shown = [(title, key) for title, key in PANELS[number].items()
-             if any(windows(run, number, key).size for runs in groups.values() for run in runs)
-             ] or [*PANELS[number].items()]
+    kinds = {r['config'].get('d_loss') for r in every if 'config' in r}
+    chance = {'dev d_acc': [.5], 'd_acc_mean': [.5],
+              'd_loss': [math.log(2) * (1 + (kind == 'minimax')) for kind in kinds]}
+    shown = []                                       # title, lines at chance, curves of each group
+    for title, key in panels({k: 0 for r in every for k in r.get('dev', {})}, warm).items():
+        curves = [[windows(run, number, key) for run in runs] for runs in groups.values()]
+        if any(curve.size for runs in curves for curve in runs):
+            shown.append((title, chance.get(key, []), curves))
+    rows, grey = max(2, -(-len(shown) // 5)), '#858c95'
+    figure = Figure((18, 3.1 * rows), facecolor='none')
+    axes = figure.subplots(rows, 5, sharex=True)
+    # by hand, for a layout that measures takes most of a picture's two seconds
+    below = (.2 + .09 * -(-len(groups) // 6)) / rows
+    figure.subplots_adjust(.03, below, .99, 1 - .12 / rows, .17, .3)
     for ax in axes.flat[len(shown):]:
         ax.set_visible(False)
-    for i, (ax, (title, key)) in enumerate(zip(axes.flat, shown)):
-        for (style, hue), (name, runs) in zip(looks * len(groups), groups.items()):
+    for i, (ax, (title, levels, curves)) in enumerate(zip(axes.flat, shown)):
+        for (style, hue), (name, runs), of in zip(looks * len(groups), groups.items(), curves):
             label = ' ' + name.replace('$', r'\$')       # with a _ first it would not be shown
-            for records in runs:
-                at, values = windows(records, number, key)
+            for records, (at, values) in zip(runs, of):
                 ax.plot(at, values, color=hue, ls=style, lw=1.4, ms=5, label=label,
                         marker='o' * (len(at) == 1))
                 label = '_'
                 begin = next((r['iter'] for r in records if 'kl' in r), 0)
                 if begin and len(at):
                     ax.axvline(begin, color=hue, lw=1, ls=':')
+        for level in levels:
+            ax.axhline(level, color=grey, lw=1, ls='--')
         ax.set_title(title, color=grey, fontsize=11)
         ax.set_xlabel(axis * (i + 5 >= len(shown)), color=grey, fontsize=9)    # the last below
         ax.set_facecolor('none')
         ax.tick_params(colors=grey, labelsize=9, labelbottom=True)
         ax.spines[:].set_color(grey)
         ax.grid(color=grey, alpha=.25)
-    figure.legend(*ax.get_legend_handles_labels(), loc='lower center', frameon=False,
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc='lower center', frameon=False,
                   ncols=min(len(groups), 6), labelcolor=grey, fontsize=11)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
@@ -597,6 +665,10 @@ def plot(args):
     groups = {}
     for name, path in names(args.plot):
         groups.setdefault(name, []).extend(read_runs(path))
+    prompts = {str(r['dev_rows']) for runs in groups.values() for run in runs for r in run
+               if 'dev_rows' in r}
+    if len(prompts) > 1:
+        print('these runs were evaluated on different dev prompts', file=sys.stderr)
     out = Path(args.out or 'out/curves.png')
     try:
         draw(groups, out)
@@ -639,7 +711,7 @@ def main(argv=None):
     for name, flag in FLAGS.items():
         default = ' (default: %(default)s)' if 'default' in flag else ''
         parser.add_argument(f'--{name}', **flag | {'help': flag['help'] + default})
-    args = parse_known(parser, argv)
+    args = parser.parse_args(argv)
     mode = next(name for name in modes if getattr(args, name) is not None)
     temperatures = args.temperature or [1.0]
     if mode == 'ckpt' and not (args.question or '').strip():

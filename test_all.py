@@ -223,6 +223,19 @@ def test_logits_equal_transformers():
     ours.save_pretrained(path / 'back')
     again = GPT2LMHeadModel.from_pretrained(path / 'back').eval()
     assert (again(tokens).logits - wanted).abs().max() < 1e-4
+    # its `generate` samples from the whole vocabulary, and ends where ours does
+    small, prompt = tiny_gpt(vocab_size=13), torch.randint(0, 12, (8, 5))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        small.save_pretrained(path / 'small')
+    assert "AutoTokenizer.from_pretrained('gpt2')" in said.getvalue()
+    again = GPT2LMHeadModel.from_pretrained(path / 'small').eval()
+    assert (again.generation_config.do_sample, again.generation_config.top_k) == (True, 0)
+    ours = small.generate(prompt, torch.zeros(8, dtype=torch.long), 15, 12, temperature=0)
+    found = again.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                           max_new_tokens=15)[:, 5:]
+    n = found.size(1)
+    assert 1 < len({*ours.mask.sum(-1).flatten().tolist()}) and ours.ended.any()
+    assert torch.equal(found, ours.response[:, 0, :n]) and (ours.response[:, 0, n:] == 12).all()
 
 
 def test_responses_that_share_a_prompt_are_as_if_alone():
@@ -459,10 +472,16 @@ def test_em_and_f1_equal_an_independent_computation():
         scores.append([max(float(said == g) for g in golds), max(overlap(said, g) for g in golds)])
     out, scores = data.score_answers(predictions, examples), 100 * np.array(scores)
     no = np.array([not e['answers'] for e in examples])
-    assert data.score_answer('unanswerable', {'answers': ['Unanswerable', 'Ada']}) == (1, 1)
+    one = data.score_answer('unanswerable', {'answers': ['Unanswerable', 'Ada']})
+    assert one == {'em': 1, 'f1': 1}
     assert .1 < no.mean() < .5 and 10 < scores[:, 0].mean() < scores[:, 1].mean() < 90
     for name, rows in ('', no | ~no), ('has_', ~no), ('no_', no):
         assert np.allclose([out[name + 'em'], out[name + 'f1']], scores[rows].mean(0), rtol=1e-9)
+    said = np.mean([words(p) == ['unanswerable'] for p in predictions])
+    assert len(out) == 7 and abs(out['unanswerable'] - 100 * said) < 1e-9
+    for kind in (True, False):                       # of one class, no means by class
+        pairs = [z for z in zip(predictions, examples) if bool(z[1]['answers']) == kind]
+        assert data.score_answers(*zip(*pairs)).keys() == {'em', 'f1'}
 
 
 def test_toy_set():
@@ -499,14 +518,14 @@ def test_what_is_right_in_toy_ways():
         right |= {' '.join([bound, *itertools.chain(*zip(words, [*links, '']))]).strip()
                   for links in itertools.product(data.LINKS, repeat=3)}
         assert len(right) == 24 + 12 ** 3
-        assert all(data.score_answer(text, e) == (1, 1) for text in right)
+        assert all(data.score_answer(text, e) == {'em': 1, 'f1': 1} for text in right)
         a, b, c, d = words
         wrong = {f'{bound} {a} {b} {c} {d}', f'{free} {a} {b} {c}', f'{free} {a} {b} {c} {c}',
                  f'{free} {a} {b} {c} {d} {a}', f'{bound} {b} at {a} by {c} if {d}', '',
                  f'{bound} {a} at {b} by {c} of', f'{bound} {a} at {b} by {c} as {d}',
                  f'{a} {b} {c} {d}', f'{free} {a} at {b} by {c} if {d}',
                  f'one {free} {a} {b} {c} {d}'}
-        assert not wrong & right and all(data.score_answer(text, e)[0] == 0 for text in wrong)
+        assert not wrong & right and not any(data.score_answer(text, e)['em'] for text in wrong)
     answers = [e['answers'][0].split() for e in parts['train']]
     one = np.array([e['question'].startswith('one ') for e in parts['train']])
     free = one == [words[0] == 'as' for words in answers]
@@ -657,7 +676,8 @@ def test_rows_are_read_as_they_are_or_named():
     assert squad() == squad('utf-8-sig') == [        # a byte order mark
         {'context': 'Ada .', 'question': 'Who?', 'answers': ['Ada']},
         {'context': 'Ada .', 'question': 'Why?', 'answers': []}]
-    for change, *words in (({'question': None}, 'None'), ({'question': 'Who\ud800?'}, 'UTF-8'),
+    for change, *words in (({'question': None}, 'has no prompt'),
+                           ({'question': 'Who\ud800?'}, 'UTF-8'),
                            ({'answers': [{}]}, "no 'text'"), ({'answers': [{'text': 0}]}, '0'),
                            ({'answers': [{'text': ' '}]}, 'empty')):
         raises(ValueError, ['dev-v2.0.json', *words], squad, **change)
@@ -672,11 +692,12 @@ def test_rows_are_read_as_they_are_or_named():
         read('a.jsonl', last) + read('a.jsonl', last, 'dev'))
     for row, word in (
             ('{"prompt": "?"', 'delimiter'),
-            ('{"prompt": "?"}', "no column response among 'prompt'"),
+            ('{"prompt": "?"}', "has no response among 'prompt'"),
+            ('{"prompt": "?", "response": null}', 'has no response; a row without an answer has'),
             ('[1]', 'a JSON object on each line'), ('[', 'a JSON object on each line'),
             (f'[{", ".join(1000 * ["{}"])}]', '{},  (.jsonl has'),
-            ('{"prompt": "?", "response": ""}', 'empty'), ('"x"', 'no column prompt'), ('1', 'int'),
-            ('{"prompt": "?", "response": "a", "Context": "b"}', 'no column context among'),
+            ('{"prompt": "?", "response": ""}', 'empty'), ('"x"', 'has no prompt'), ('1', 'int'),
+            ('{"prompt": "?", "response": "a", "Context": "b"}', 'has no context among'),
             ('{"prompt": "?", "response": "a", "passage": "b"}', "'passage'"),
             ('{"prompt": "?", "response": ["a", " "]}', 'empty'), ('[' * 99999, 'recursion'),
             ('{"prompt": "", "response": "a"}', 'empty'), (b'{"prompt": "\xe9", "response": "a"}',
@@ -692,12 +713,12 @@ def test_rows_are_read_as_they_are_or_named():
                                     for text in [*kept, 'c, "d"'])
     for rows, line, word in (
             ('"a\nb",c\n?,Paris, France\n', 13, 'more cells'), ('?,\n', 11, 'empty'),
-            ('?\n', 11, 'None')):
+            ('?\n', 11, 'has no response')):
         raises(ValueError, [f'x.csv, line {line}: ', word], read, 'x.csv', table + rows)
     raises(ValueError, ['after line 10: ', 'end of data'], read, 'x.csv', table + '?,"a\n?,b\n')
     raises(ValueError, ['after line 1: ', 'end of data'], read, 'x.csv', table[:16] + '?,"a\n?,b\n')
     for mark in ';\t':                               # what there is, and what should be
-        raises(ValueError, ['line 2: ', f'no column prompt among {f"prompt{mark}response"!r}',
+        raises(ValueError, ['line 2: ', f'has no prompt among {f"prompt{mark}response"!r}',
                             'commas'], read, 'x.csv', f'prompt{mark}response\na{mark}b\n')
     for name, text, word in (('x.csv', '', 'no question'), ('x.jsonl', lines, '9 different'),
                              ('x.json', '{"data": [', 'x.json: '), ('x.json', '[{}]', '.jsonl'),
@@ -1452,10 +1473,11 @@ def test_best_of_n_by_hand():
         return (response != split.eos).sum(-1, keepdim=True).float().expand(response.shape)
 
     with patched(gpt, 'generate', generate):
-        best, worst = (sample.best_of(gpt, judge, split, enc, 1., args)
-                       for judge in (words, lambda *a: -words(*a)))
-    f1 = 100 * np.array([[data.score_answer(' '.join(e['answers'][0].split()[:n]), e)[1]
+        (best, chosen), (worst, _) = (sample.best_of(gpt, judge, split, enc, 1., args)
+                                      for judge in (words, lambda *a: -words(*a)))
+    f1 = 100 * np.array([[data.score_answer(' '.join(e['answers'][0].split()[:n]), e)['f1']
                           for n in (1, 2, 1)] for e in split.examples])
+    assert chosen == [' '.join(e['answers'][0].split()[:2]) for e in split.examples]
     assert best['n'] == 3 and abs(best['chosen']['f1'] - f1.max(1).mean()) < 1e-9
     assert best['possible'] == best['chosen'] and best['any'] == worst['any']
     assert abs(best['any']['f1'] - f1.mean()) < 1e-9
@@ -1515,6 +1537,15 @@ def test_runs_are_judged_compared_tabled_and_drawn():
     assert png.stat().st_size > 20000
     text = printed('--compare', f'one={base}', runs[1] / 'ckpt.pt', '--prompts', 3)
     assert text.count('question  ') == text.count('one ') == 3
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        printed('--plot', *runs, '--out', png)
+        assert not err.getvalue()                    # of other seeds, but the same prompts
+        printed('--plot', runs[0], small_run(reinforce, '--eval_prompts', 11), '--out', png)
+    assert err.getvalue() == 'these runs were evaluated on different dev prompts\n'
+    with patched(sample, 'groups_of', lambda split: np.zeros(len(split), int)), \
+            patched(sample, 'judge') as judge:
+        refused(['of 1 passages', '--prompts', '--test_steps 0'], '--evaluate', base, '--out', png)
+        assert not judge.called
     at, values = sample.windows([{'iter': i, 'kl': float(i)} for i in range(295)] + [{'iter': 7}],
                                 'iter', 'kl')
     assert [*at[[0, -1]]] == [2, 292] and [*values] == [*at] and len(at) == 59   # of 5 each
@@ -1536,7 +1567,7 @@ def test_a_network_that_diverged_is_judged_beside_others():
         found = json.loads((at / name).read_text(), parse_constant=int)['results']
         assert found['b|d\n'][0]['perplexity'] is None and found['good'] == found['last']
     good, bad, worse, last = text.splitlines()[2:]
-    assert bad.startswith(r'| b\|d | ') and bad.endswith('| – |') and last.count('|') == 19
+    assert bad.startswith(r'| b\|d | ') and bad.endswith('| – |') and last.count('|') == 23
     assert re.fullmatch(r'.* \d\.\d\de\+\d\d \|', worse), worse
 
 
@@ -1544,12 +1575,12 @@ def test_curves_have_a_name_and_a_look_each():
     """Also what matplotlib would leave out or set as a formula; one evaluation is a dot."""
     from matplotlib.figure import Figure
     names, drawn = ['_a', '$a$', 'a', *map(str, range(9))], []
-    runs = {name: [[{'iter': i, 'dev': {'f1': 1.}} for i in range(1 + (name != 'a'))]]
-            for name in names}
+    dev = {'f1': 1., 'sample_f1': 1.}
+    runs = {name: [[{'iter': i, 'dev': dev} for i in range(1 + (name != 'a'))]] for name in names}
     with patched(Figure, 'savefig', lambda self, *a, **k: drawn.append(self)):
         sample.draw(runs, folder('looks') / 'x.png')
     said = [t.get_text().replace(r'\$', '$').strip() for t in drawn[0].legends[0].get_texts()]
-    lines = next(ax for ax in drawn[0].axes if ax.get_title() == 'F1 on dev (%)').lines
+    lines = next(ax for ax in drawn[0].axes if ax.get_title() == 'F1 sampled (%)').lines
     assert said == names and len({(z.get_color(), z.get_linestyle()) for z in lines}) == 12
     assert [z.get_marker() == 'o' for z in lines] == [name == 'a' for name in names]
     run = [{'iter': 3, 'd_loss': 0.}, {'iter': 4, 'd_loss': 0.}, {'iter': 5, 'kl': 1.}]
@@ -1567,6 +1598,116 @@ def test_curves_have_a_name_and_a_look_each():
     assert drawn[2].axes[0].get_title() == 'loss on dev (nats/token)'
     assert [*at] == [0, 1] and [*values] == [2, 1]
     assert [[*z.get_xdata()] for z in axes[0].lines] == 2 * [[3, 4], [5, 5]]     # a curve, the mark
+
+
+def test_a_metric_of_ones_own_is_shown_everywhere():
+    """That of README, beside EM and F1: in a run's log, on its screen, in its table and curves, in
+    `--evaluate`, best of n, `--table`; and every answer that was judged is written."""
+    from matplotlib.figure import Figure
+    own, = re.findall(r'```python\n(def .*?)```', (HERE / 'README.md').read_text(), re.S)
+    scope, plain, drawn, at = {}, data.score_answer, [], folder('own metric')
+    exec(own, scope)
+    for said, share in ('A dog runs.', .5), ('Catching dogs', 1), ('', 0):
+        assert scope['coverage'](said, {'question': 'cat dog'}) == share
+
+    def score_answer(*pair):
+        return plain(*pair) | {'coverage': scope['coverage'](*pair)}
+
+    with (patched(data, 'score_answer', score_answer), patched(data, 'TOYS', FEW),
+          contextlib.redirect_stdout(io.StringIO()) as screen,
+          patched(Figure, 'savefig', lambda self, *a, **k: drawn.append(self))):
+        reinforce.train(parse(reinforce, *SMALL, '--out_dir', at / 'run'))
+        text = printed('--evaluate', at / 'run', '--best_of', 2, '--discriminator', at / 'run',
+                       '--prompts', 8, '--test_steps', 0, '--out', at / 'x.json')
+    row, lines = printed('--table', at / 'x.json'), screen.getvalue()
+    assert re.search(r'^iter 2 .*  f1 \S+  coverage [\d.]+/[\d.]+  on dev$', lines, re.M), lines
+    assert ' '.join(lines.splitlines()[-3].split()).startswith(
+        'EM F1 coverage EM sampled F1 sampled coverage sampled reward gap')
+    assert 'coverage sampled (%)' in [ax.get_title() for ax in drawn[-1].axes]
+    for header in ('coverage', 'coverage sampled, NoAns', 'coverage chosen',
+                   'coverage of any, HasAns'):
+        assert f'{header} ' in text and f'| {header} |' in row, (header, row)
+    found, = json.loads((at / 'x.json').read_text())['results'][str(at / 'run')]
+    lines = [*map(json.loads, (at / 'x.jsonl').read_text().splitlines())]
+    assert len(lines) == 8 and lines[0]['prompt'] == data.load_examples('toy', 'dev')[0]['question']
+    for key, prefix in ('greedy', ''), ('sampled', 'sample_'):
+        said, examples = zip(*((z[key], {'answers': z['gold'], 'question': z['prompt']})
+                               for z in lines))
+        with patched(data, 'score_answer', score_answer):
+            means = data.score_answers(said, examples)
+        assert all(abs(found[prefix + k] - v) < 1e-9 for k, v in means.items())
+    chosen = [score_answer(z['chosen'], {'answers': z['gold'], 'question': z['prompt']})
+              for z in lines]
+    assert abs(100 * np.mean([z['f1'] for z in chosen]) - found['best_of']['chosen']['f1']) < 1e-9
+    assert {*lines[0]} == {'name', 'source', 'temperature', 'prompt', 'context', 'gold', 'greedy',
+                           'sampled', 'chosen'}
+
+
+def test_a_run_says_what_its_score_can_teach():
+    """At the end of the head start: on dev, with an interval, and in training; chance in curves."""
+    from matplotlib.figure import Figure
+    dev = {'d_acc': .59, 'd_acc_low': .54, 'd_acc_high': .64}
+    for change, training, words, missing in (
+            ({}, .6, '59% of dev\'s pairs (54% to 64%) and 60% of its last', ['knows', 'nothing']),
+            ({}, .96, '96% of its last training batches: it knows its examples, not', ['nothing']),
+            ({'d_acc_low': .5}, .6, 'nothing to teach yet: raise --d_warmup_iters', ['knows']),
+            ({'d_acc': .8, 'd_acc_high': .84}, .9, '90% of its last', ['knows', 'nothing']),
+            ({'d_acc': None}, .5, 'the gold answers: a score has nothing to teach', [])):
+        said = sample.lesson(dev | change, training)
+        assert words in said and not any(word in said for word in missing), said
+    out, drawn = folder('taught'), []
+    flags = [*SMALL, '--iters', 4, '--d_warmup_iters', 3, '--d_warmup_acc', 1, '--eval_interval', 9,
+             '--sft_iters', 0, '--d_loss', 'minimax', '--eval_prompts', 40]
+    with (patched(data, 'TOYS', FEW), contextlib.redirect_stdout(io.StringIO()) as screen,
+          patched(Figure, 'savefig', lambda self, *a, **k: drawn.append(self))):
+        reinforce.train(parse(reinforce, *flags, '--out_dir', out))
+    rows = records(out)
+    at, = [i for i, r in enumerate(rows) if r.get('begins')]
+    told = rows[at]['dev']
+    assert rows[at]['iter'] == 3 and 'begins' not in rows[at + 1] and 'kl' in rows[at + 1]
+    assert rows[at]['d_acc_mean'] == rows[at - 1]['d_acc_mean'] != rows[at + 1]['d_acc_mean']
+    assert told['d_acc_low'] <= told['d_acc'] <= told['d_acc_high']
+    text = ' '.join(screen.getvalue().split())
+    assert 'iteration 3: the generator begins to move The discriminator tells ' in text
+    assert [r['iter'] for r in rows if 'dev' in r and 'iter' in r] == [0, 3, 4]
+    chance = {'discriminator loss (nats)': 2 * math.log(2), 'pairs told apart, on dev': .5,
+              'pairs told apart, in training': .5, 'F1 sampled (%)': None}
+    for ax in drawn[-1].axes:
+        level = [z.get_ydata()[0] for z in ax.lines if z.get_linestyle() == '--']
+        want = chance.get(ax.get_title())
+        assert level == [want] * (want is not None) or ax.get_title() not in chance
+
+
+def test_a_generator_that_rests_answers_once():
+    """Its answers are kept, and the discriminator, which moved, scores them anew."""
+    seen, at = [], folder('rests')
+    generate = keeping(GPT.generate, seen)
+    with (patched(GPT, 'generate', generate), patched(data, 'TOYS', FEW),
+          unittest.mock.patch.dict(os.environ, COLUMNS='64'),
+          contextlib.redirect_stdout(io.StringIO()) as screen):
+        flags = [*SMALL, '--eval_prompts', 6, '--d_lr', .01]
+        reinforce.train(parse(reinforce, *flags, '--iters', 0, '--out_dir', at / 'none'))
+        assert len(seen) == 3 * 2                    # steps 0, 2, 4 of the warm start, two each
+        seen.clear()
+        reinforce.train(parse(reinforce, *flags, '--sft_iters', 0, '--iters', 7, '--d_warmup_iters',
+                              5, '--d_warmup_acc', 1, '--out_dir', at / 'run'))
+    # 7 rollouts; the warm start and iterations 6 and 7, of 0, 2, 4, 5, 6, 7 and it once more
+    assert len(seen) == 7 + 3 * 2
+    rows = [r['dev'] for r in records(at / 'run') if 'dev' in r and 'iter' in r]
+    same = [{k: v for k, v in row.items() if k in ('em', 'sample_f1', 'loss')} for row in rows]
+    assert same[0] == same[1] == same[2] == same[3] != same[4]
+    assert len({row['gap'] for row in rows}) == 6
+    said = screen.getvalue().splitlines()
+    assert 'kept: step 0 of 0, loss' in screen.getvalue()
+    assert max(len(line) for line in said if '  gold: ' in line) == 64
+    text = (at / 'run/samples.txt').read_text()
+    assert text.count('greedy  ') == text.count('sampled  ') == 6
+    texts = {'sampled': [''] * 6, 'greedy': [''] * 6}
+    with (patched(sample, 'evaluate_run', lambda *a: (rows[0], texts)), patched(sample, 'draw'),
+          contextlib.redirect_stdout(io.StringIO()) as screen):
+        split, *_ = people(6)
+        sample.report({'iter': 1}, None, None, split, None, at, lambda *a: None, None)
+    assert [line.rpartition('sampled: ')[2] for line in screen.getvalue().splitlines()] == [''] * 3
 
 
 def test_only_what_is_named_alike_is_merged():
@@ -1624,13 +1765,14 @@ def test_each_is_judged_with_its_own_prompts_or_refused():
 
     # of one name, all are kept; written as they come, with whatever is wrong with one said before
     named = f'W={plain}', f'P={plain}', f'P={run}/ckpt.pt'
-    assert printed('--evaluate', *named, *few).endswith(f'written: {at}/judged.json\n')
+    assert printed('--evaluate', *named, *few).endswith(
+        f'written: {at}/judged.json, the answers: {at}/judged.jsonl\n')
     found = json.loads((at / 'judged.json').read_text())['results']
     assert [f['source'] for f in found['P']] == [plain, f'{run}/ckpt.pt']
     text = printed('--compare', *named, '--prompts', '2')
     assert text.count('P         ') == 4 and text.count('W         ') == 2, text
     figures, = found['W']
-    fails = unittest.mock.Mock(side_effect=[figures, figures, OSError('the third')])
+    fails = unittest.mock.Mock(side_effect=[(figures, {}), (figures, {}), OSError('the third')])
     with patched(sample, 'judge', fails):
         assert refused([], '--evaluate', *named, *few) == 'the third'
         assert json.loads((at / 'judged.json').read_text())['results'].keys() == {'W', 'P'}
@@ -1657,7 +1799,8 @@ def test_a_run_evaluates_the_policy_it_trains():
     with patched(GPT, 'generate', watched):
         figures, sampled = sample.evaluate_run(gpt, network, split, enc, cfg)
     assert set(seen) == {(0, None), (.01, None)} and figures['sample_f1'] == figures['f1']
-    assert sampled == data.to_text(*sample.answer(gpt, split, 0, args), enc)
+    answers = data.to_text(*sample.answer(gpt, split, 0, args), enc)
+    assert sampled == {'greedy': answers, 'sampled': answers}
     for cfg.d_prefixes, R in (False, 6), (True, 6), (True, 2):   # one meaning there and in training
         split = data.Split(split.examples, enc, 30, R)           # some gold answers do not end in 2
         with patched(GPT, 'generate', watched):
@@ -1673,9 +1816,10 @@ def test_a_run_evaluates_the_policy_it_trains():
     gpt.ln_f.bias.data[0], gpt.wte.weight.data[enc.eot_token, 0], cfg.temperature = 60., 9., 1.
     for n in 6, 11, 20:
         cfg.micro_batch, cfg.samples, args.batch_size = n, 1, n
+        split.examined.clear()
         assert {len(rows) for rows in sample.batches(split, n)} == {n}
         figures, texts = sample.evaluate_run(gpt, network, split, enc, cfg)
-        assert len(texts) == len(sample.answer(gpt, split, .8, args)[0]) == 20
+        assert len(texts['sampled']) == len(sample.answer(gpt, split, .8, args)[0]) == 20
         found.append([*figures.values(), sample.drift(gpt, gpt, split, .8, args)])
     assert np.allclose(found, found[:1] * 3, atol=1e-5)
 
@@ -1849,12 +1993,18 @@ def test_gpt2_has_a_discriminator_of_another_width():
 def test_the_warm_start_ends_with_its_best():
     """The network of the least loss on dev, the first of such: the adversarial stage begins from it
     and sft.pt has it, after a resume, too. Dropout is of its steps alone."""
-    whole, parts, states, better = folder('best'), folder('best parts'), {}, sample.better
+    whole, parts, states = folder('best'), folder('best parts'), {}
+    better, evaluate = sample.better, sample.evaluate_run
     losses = {0: 3., 2: 1., 4: 2., 6: 1., 7: 4.}
 
     def watched(best, step, generator, *more):
         states[step] = copy.deepcopy(generator.state_dict())
-        with patched(sample, 'gold_loss', lambda *_: losses[step]):
+
+        def judged(*a):
+            figures, texts = evaluate(*a)
+            return figures | {'loss': losses[step]}, texts
+
+        with patched(sample, 'evaluate_run', judged):
             return better(best, step, generator, *more)
 
     flags = [*SMALL, '--sft_iters', 7, '--iters', 0]
@@ -1864,9 +2014,15 @@ def test_the_warm_start_ends_with_its_best():
         assert load_checkpoint(parts / 'sft.pt')['best']['loss'] == 1
         raises(ValueError, ['--eval_prompts 9', 'other rows'], train, reinforce, parts,
                '--resume', '--eval_prompts', 9)      # losses of other prompts do not compare
+        raises(ValueError, ['--sft_iters 5', f'--init_from {parts}/sft.pt --sft_iters 0'], train,
+               reinforce, parts, '--resume', '--sft_iters', 5)
         train(reinforce, parts, '--resume')
     ended_alike(whole, parts)
-    assert train(reinforce, parts, '--resume', '--eval_prompts', 9)
+    assert train(reinforce, parts, '--resume', '--eval_prompts', 9, '--lr', .25)
+    changed, = [r for r in records(parts) if 'resumed' in r]
+    assert changed['iter'] == 0 and changed['resumed'] == {'eval_prompts': 9, 'lr': .25}
+    first = json.loads((whole / 'metrics.jsonl').read_text().splitlines()[0])
+    assert first['dev_rows'] != changed['dev_rows']
     found = {r['sft_iter']: r['dev'] for r in records(whole) if 'sft_iter' in r and 'dev' in r}
     assert {step: dev['loss'] for step, dev in found.items()} == losses and 'f1' in found[7]
     for file in 'sft.pt', 'ckpt.pt':
@@ -1924,8 +2080,9 @@ def test_what_is_for_readers_ends_no_run():
     said = [line for line in err.getvalue().splitlines() if 'the run goes on' in line]
     assert len(calls) == 3 and records(out)[-1].keys() == {'final'}
     assert [line.split(' failed')[0] for line in said] == [
-        '--wandb', *[f'{out}/curves.png'] * 2, f'{out}/samples.txt'], said
-    assert said[0].endswith('BrokenPipeError: the service is gone')
+        f'{out}/samples.txt', '--wandb', *[f'{out}/samples.txt'] * 2,
+        *[f'{out}/samples.txt', f'{out}/curves.png'] * 3], said
+    assert said[1].endswith('BrokenPipeError: the service is gone')
     import matplotlib
     with matplotlib.rc_context({'text.usetex': True}), patched(shutil, 'which', lambda *_: None):
         raises(ValueError, ['could not be drawn'], sample.plot, SimpleNamespace(
@@ -2265,9 +2422,9 @@ def test_a_collapse_is_known_and_stops_the_run():
     with patched(data, 'sick', lambda *_: True):     # the generator moves from iteration 2 on
         raises(FloatingPointError, ['collapsed by iteration 22', 'ckpt.pt'], train, reinforce, out,
                *SMALL, '--iters', '40', '--eval_interval', '10', '--d_warmup_iters', '2')
-        assert load_checkpoint(out / 'ckpt.pt')['iter'] == 0
+        assert load_checkpoint(out / 'ckpt.pt')['iter'] == 2
         cut_short(reinforce, out, *SMALL, '--iters', 40, '--overwrite', at=('score', 9))
-        assert load_checkpoint(out / 'ckpt.pt')['iter'] == 0     # nor by a signal
+        assert load_checkpoint(out / 'ckpt.pt')['iter'] == 1     # nor by a signal
         train(reinforce, out, *SMALL, '--iters', '9', '--overwrite')         # the last is kept
         assert load_checkpoint(out / 'ckpt.pt')['iter'] == 9 and 'final' in records(out)[-1]
     # what counts is the fall since the generator moves
@@ -2399,7 +2556,7 @@ def test_a_mistake_is_one_sentence():
     interrupted = unittest.mock.Mock(side_effect=KeyboardInterrupt)
     for call, *flags in ((model.main, *command_line(reinforce), None, ['--tiny']),
                          (sample.main, ['--table', 'x']), (bench.main, [])):
-        with patched(argparse.ArgumentParser, 'parse_known_args', interrupted):
+        with patched(argparse.ArgumentParser, 'parse_args', interrupted):
             raises(SystemExit, ['130'], call, *flags)
 
 
@@ -2420,13 +2577,6 @@ def test_every_flag_refuses_what_it_cannot_take():
         assert parse(script, '--tiny', '--out_dir=~/a run').out_dir == str(Path.home() / 'a run')
     assert sample.names(['A=~/run', '~/run']) == [('A', f'{Path.home()}/run'),
                                                   ('~/run', f'{Path.home()}/run')]
-    for call, *flags in ((lambda flags: parse(ppo, *flags), '--batch-size=3'),
-                         (bench.main, '--mean-length=3'),
-                         (sample.main, '--table', 'x', '--top-k=3')):
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            raises(SystemExit, ['2'], call, flags)
-        wanted = flags[-1].removesuffix('=3').replace('-', '_').replace('__', '--')
-        assert f'{flags[-1]}: did you mean {wanted}?' in err.getvalue(), err.getvalue()
 
 
 def test_folders_that_are_taken_or_oddly_named():
@@ -2476,7 +2626,7 @@ def test_a_signal_saves_and_exits():
         assert code == (1 if how else 128 + number), err
         assert err.count(f'stopping: saving {out}, go on with --resume') == 1, err
         assert said.count(b'train: ') == 1
-        assert (f'resumed at iteration {done} of 100000'.encode() in said) == ('--resume' in flags)
+        assert (f'resumed at iter {done} of 100000'.encode() in said) == ('--resume' in flags)
         done = load_checkpoint(out / 'ckpt.pt')['iter']
         assert done == max(r['iter'] for r in records(out) if 'score' in r) + 1
 
@@ -2520,6 +2670,10 @@ def test_main_leaves_a_process_as_it_was():
         thread.join()
     assert records(out)[-1].keys() == {'final'} and len(kept) == 1 and state() == before
 
+    with patched(data, 'TOYS', FEW), patched(sample, 'draw', lambda *_: signal.raise_signal(2)):
+        call('--overwrite')                          # Ctrl-C in the last evaluation
+    assert kept[-1].code == 130 and state() == before and 'final' not in records(out)[-1]
+
     now = [0.]
     with (model.caught_signals('wait') as caught, patched(time, 'monotonic', lambda: now[0]),
           patched(os, '_exit', side_effect=SystemExit) as leave,
@@ -2531,6 +2685,20 @@ def test_main_leaves_a_process_as_it_was():
         raises(SystemExit, [], os.kill, os.getpid(), signal.SIGINT)
         leave.assert_called_with(130)
         say.assert_called_once_with(2, b'\nwait\n')
+    with model.caught_signals('wait') as caught:     # once all is saved, each ends it
+        model.release_signals()
+        assert state()[0] == before[0]
+        raises(KeyboardInterrupt, [], signal.raise_signal, signal.SIGINT)
+        assert not caught
+    with (patched(time, 'monotonic', lambda: now[0]),
+          contextlib.redirect_stderr(io.StringIO()),             # no terminal
+          contextlib.redirect_stdout(io.StringIO()) as said):
+        now[0] = 0.
+        for _ in model.progress(range(3, 13), 'steps'):
+            now[0] += 25.
+    assert said.getvalue().splitlines() == [
+        'steps: 3 of 10, 3 minutes left', 'steps: 6 of 10, 2 minutes left',
+        'steps: 9 of 10, 0 minutes left']
     for n in range(1, 6):                            # a second one within the first's n-th line
         lines = iter(range(1, 9))
 
@@ -2556,14 +2724,16 @@ def test_the_commands_of_the_readme():
     said = done.stdout
     assert max(map(len, said.splitlines())) <= 100
     for line in (r'warm start +[\d.]+.*\ntuned +[\d.]+.*', 'tokenizing train',
-                 r'sft_iter 0  loss \S+  f1 \S+  sample_em \S+  sample_f1 \S+  on dev',
+                 r'sft_iter 0  loss \S+  em [\d.]+/[\d.]+  f1 [\d.]+/[\d.]+  on dev',
+                 r'kept: step \d of 4, loss [\d.]+',
+                 r'train: 2\d+ of 8000 have no answer, now `unanswerable`',
                  r'sft_iter 0  mle \S+  \S+ s',
                  'head start until d_acc 0.93 or iteration 1',
-                 r'iter 0  reward \S+  gap \S+  d_acc \S+  f1 \S+  sample_em \S+  .*  on dev',
-                 r'iter 0  reward \S+  gap \S+  d_acc \S+  \S+ s',
+                 r'iter 0  reward \S+  gap \S+  d_acc \S+  d_acc_mean 0.5  em \S+  f1 \S+  on dev',
+                 r'iter 0  reward \S+  gap \S+  d_acc \S+  d_acc_mean \S+  \S+ s',
                  'iteration 1: the generator begins to move'):
         assert re.search(f'^{line}$', said, re.M), (line, said)
-    assert said.count('  gold: ') == said.count('  sampled: ') == 3 * (3 + 3)
+    assert said.count('  gold: ') == said.count('  sampled: ') == 3 * (3 + 4)    # and it moves at 1
     assert not [line for line in done.stderr.splitlines() if 'Warning' in line
                 and str(HERE) in line and 'site-packages' not in line], done.stderr
     text = (out / 'samples.txt').read_text()
@@ -2607,7 +2777,7 @@ def test_forks_and_controls_of_the_pages():
     """A reward of one's own as README has it; the signs that RESULTS.md turns round, each once."""
     pages = [(HERE / page).read_text() for page in ('README.md', 'assets/RESULTS.md')]
     text, at, kept = (HERE / 'reinforce.py').read_text(), folder('own') / 'fork.py', []
-    own, = re.findall(r'```python\n(.*?)```', pages[0], re.S)
+    own, = re.findall(r'```python\n( .*?)```', pages[0], re.S)
     line = '        rewards = reward(scores, batch, roll, cfg)\n'
     scope = {'__name__': 'fork', 'kept': kept}
     own += '        kept.append((texts, rewards, data.to_text(batch.response, batch.mask, enc)))\n'
