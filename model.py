@@ -646,15 +646,15 @@ def release_signals():
 
 def progress(steps, what):
     """Yields what is in `steps`, a sequence; a bar on a terminal, elsewhere a line a minute."""
-    start = shown = time.monotonic()
+    shown = 0, time.monotonic()
     bar = tqdm(steps, what, disable=None, leave=False, delay=1)
     for n, step in enumerate(bar, 1):
         yield step
         now = time.monotonic()
-        if bar.disable and now - shown >= 60:
-            left = (now - start) / 60 * (len(steps) / n - 1)
+        if bar.disable and now - shown[1] >= 60:     # at the pace since the last line
+            left = (len(steps) - n) * (now - shown[1]) / (n - shown[0]) / 60
             print(f'{what}: {n} of {len(steps)}, {left:.0f} minutes left')
-            shown = now
+            shown = n, now
 
 
 def load_gpt(source, of, cfg, n_vocab):

@@ -200,7 +200,7 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     tie_rate, as a run logs them; Gumbel-softmax logs those of relaxed answers, these are of ids."""
     size = cfg.micro_batch * cfg.samples             # with one seed: always the same noise
     args = argparse.Namespace(**vars(cfg) | {'batch_size': size, 'seed': 0, 'top_k': None})
-    key = checksum(generator), cfg.temperature, size
+    key = checksum(generator)                        # a Split is of one run, of one cfg
     if key not in split.examined:
         split.examined[key] = examine(generator, split, enc, cfg.temperature, args)
     figures, texts, response, mask = split.examined[key]
@@ -211,11 +211,18 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     scores = scores_of(discriminator, split, batches(split, size), *pairs, args)[:len(split)]
     worth = margin(scores, *pairs, pairs[0][..., -1] == split.eos, cfg.d_prefixes)
     differ = (gold.response != response).any(1, keepdim=True)
-    told, rows = data.told(scores, differ), differ[:, 0].cpu().numpy()
-    right = (scores[:, 0, -1] - scores[:, 1, -1]).sign().cpu().numpy() / 2 + .5
-    if rows.any():
-        told['d_acc_low'], told['d_acc_high'] = interval(right[rows], groups_of(split)[rows])
+    told = data.told(scores, differ)
+    if told['d_acc'] is not None:                    # the pairs of a passage are one trial
+        n = len({*groups_of(split)[differ[:, 0].cpu().numpy()]})
+        told['d_acc_low'], told['d_acc_high'] = wilson(told['d_acc'], n)
     return figures | {'reward': worth.mean().item(), **told}, texts
+
+
+def wilson(share, n):
+    """95% interval of a share of n independent trials (Wilson 1927); of few, too."""
+    z2 = 1.96 ** 2 / n
+    middle, half = share + z2 / 2, math.sqrt(z2 * share * (1 - share) + z2 ** 2 / 4)
+    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
 
 
 def report(at, generator, discriminator, split, enc, out, log, cfg):
@@ -450,8 +457,8 @@ def evaluate(args):
         plain = argparse.Namespace(device=args.device, d_dropout=0.0)
         discriminator = load_discriminator(plain, None, saved)
     groups = groups_of(split)
-    if args.test_steps and not all(len(half) for k in range(JUDGES)
-                                   for half in halves(groups, (args.seed, k))):
+    if args.test_steps and len(split) >= PAIRS and not all(
+            len(half) for k in range(JUDGES) for half in halves(groups, (args.seed, k))):
         raise ValueError(f'the {len(split)} prompts are of {groups.max() + 1} passages, too few to '
                          'judge by: give more --prompts, another --seed or --test_steps 0')
     out = Path(args.out or 'out/evaluation.json')
@@ -586,10 +593,12 @@ def table(args):
 def panels(figures, warm):
     """Titles of curves, by all figures of evaluations, with the key of a record or, after dev, of
     its evaluation."""
-    found = {f'{header} (%)': f'dev {key}' for key, header in headers(figures).items() if warm
-             or key.removeprefix('sample_') in data.metrics_of(figures) and 'sample_' in key}
+    plain = ['sample_' + name for name in data.metrics_of(figures)]          # not by class
+    found = {f'{header.removesuffix(" %")} (%)': f'dev {key}'
+             for key, header in headers(figures).items()
+             if key in plain or warm and not key.startswith('sample_')}
     if warm:
-        return {'loss on dev (nats/token)': 'dev loss', **found, 'distinct-2': 'dev distinct2'}
+        return {'loss on dev (nats/token)': 'dev loss', **found}
     return found | {
         'distinct-2 of samples': 'dev distinct2', 'longest run of a token': 'longest_run',
         'reward on dev (mean margin)': 'dev reward', 'score of samples less gold': 'dev gap',
