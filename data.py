@@ -137,7 +137,8 @@ def checked(path, rows):
                 if name not in row:
                     raise LookupError(f'has no {name} among {", ".join(map(repr, row)):.200}')
                 if row[name] is None and name != 'context':
-                    raise ValueError(f'has no {name}; a row without an answer has the response []')
+                    none = '; a row without an answer has []' * (kind != '.csv')
+                    raise ValueError(f'has no {name}{none * (name == "response")}')
             prompt, said, context = row['prompt'], row['response'], row.get('context') or ''
             answers = said if isinstance(said, list) else [said]         # all right; [] for none
             for text in (prompt, context, *answers):
@@ -347,7 +348,7 @@ class Split:
 
     def __init__(self, examples, enc, max_prompt, max_response, context=True):
         self.examples, self.eos, N = examples, enc.eot_token, len(examples)
-        self.examined = {}                # what evaluations found, see sample.evaluate_run
+        self.kept, self.shown = {}, None  # answers of sample.py, by generator; those shown last
         self.prompts = np.full((N, max_prompt), enc.eot_token, np.int32)
         self.responses = np.full((N, max_response), enc.eot_token, np.int32)
         self.pads, self.lengths = np.zeros(N, np.int64), np.zeros(N, np.int64)
@@ -417,9 +418,9 @@ def load(cfg):
     train, dev = ({*map(bytes, split.prompts)} for split in splits)
     if train & dev:
         print(f'{len(train & dev)} of {len(dev)} dev prompts stand in train, too')
-    again = sum(map(len, splits)) - len(train) - len(dev)
-    if again and cfg.data not in TOYS:
-        print(f'{again} rows repeat a prompt: its right responses can be one list', flush=True)
+    if len(dev) < len(splits[1]) and cfg.data not in TOYS:
+        print(f'{len(splits[1]) - len(dev)} dev rows repeat a prompt: its right responses can be '
+              'one list there, for the metrics', flush=True)
     return enc, *splits
 
 
@@ -505,10 +506,11 @@ def f1(prediction, gold):
 
 def score_answer(prediction, example):
     """
-    The metrics of one answer, by name, numbers in [0, 1]: evaluations, tables and curves show
-    whatever is here. em and f1, exact match and F1, are each the best over all gold answers, as
-    SQuAD 2.0 defines them; `unanswerable` counts as the empty string, but equal strings are equal.
-    `accepts`, a regular expression, is of right answers that are too many to list.
+    The metrics of one answer, by names that no other figure has, numbers in [0, 1]: evaluations,
+    tables and curves show whatever is here. em and f1, exact match and F1, are each the best over
+    all gold answers, as SQuAD 2.0 defines them; `unanswerable` counts as the empty string, but
+    equal strings are equal. `accepts`, a regular expression, is of right answers that are too many
+    to list.
     """
     golds = [a for a in example['answers'] if normalize(a)] or ['']
     if 'accepts' in example and re.fullmatch(example['accepts'], normalize(prediction)):
@@ -543,8 +545,10 @@ def by_class(rows, examples):
 
 def metrics_of(figures):
     """The names that `score_answer` gives, found among the figures of an evaluation."""
-    names = [name for name in figures if 'sample_' + name in figures and name != 'unanswerable']
-    return [name for name in names if name.partition('_')[2] not in names]       # has_em is no name
+    names = [name for name in figures if name != 'unanswerable'
+             and ('sample_' + name in figures or 'has_' + name in figures)]
+    by_class = {kind + name for kind in ('has_', 'no_') for name in names}
+    return [name for name in names if name not in by_class]
 
 
 def distinct(responses, mask, n):

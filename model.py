@@ -350,8 +350,8 @@ class GPT(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder):
-        """Writes what transformers.GPT2LMHeadModel opens: weights, config.json and, to sample as a
-        rollout does, generation_config.json. The last id ends an answer, here as in GPT-2."""
+        """Writes what transformers.GPT2LMHeadModel opens: weights, config.json and, to sample from
+        the whole vocabulary, generation_config.json. The last id ends an answer, as in GPT-2."""
         c, folder = self.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu() for k, v in self.named_parameters()}
@@ -364,8 +364,7 @@ class GPT(nn.Module):
         how = {**ends, 'pad_token_id': c.vocab_size - 1, 'do_sample': True, 'top_k': 0}
         for name, settings in ('config.json', config), ('generation_config.json', how):
             (folder / name).write_text(json.dumps(settings, indent=2) + '\n')
-        print(f"written: {folder}; without a tokenizer: GPT-2's is AutoTokenizer.from_pretrained"
-              "('gpt2'), of this folder it would have one token")
+        print(f"written: {folder}, without a tokenizer: take AutoTokenizer.from_pretrained('gpt2')")
 
 
 def linear_in_float32(x, weight, bias=None):
@@ -640,7 +639,7 @@ HANDLERS = {}                     # those of before, while `caught_signals` has 
 
 def release_signals():
     """From here on a signal ends the process, or does what it did before `caught_signals`."""
-    while HANDLERS:
+    while HANDLERS and threading.current_thread() is threading.main_thread():
         signal.signal(*HANDLERS.popitem())
 
 
@@ -708,7 +707,7 @@ def load_networks(cfg, n_vocab, *splits):
 
 
 def checksum(network):
-    """Of each of a network's tensors, in float32, a number that changes with it."""
+    """Of each of a network's tensors, in float32, the sum of its bits, which learning changes."""
     return tuple(p.view(torch.int32).sum().item() for p in network.state_dict().values())
 
 
@@ -1021,6 +1020,8 @@ class Log:
                 self({stage: saved[stage], 'resumed': changed, 'dev_rows': self.rows[1:]})
             print(f'resumed at {stage} {saved[stage]} of {getattr(cfg, stage + "s")}',
                   f'with {changed}' * bool(changed))
+            if saved.get('iter') == cfg.iters:
+                print('nothing is left but the evaluation: more --iters go on')
 
     def lap(self, station=None):
         """Notes in `seconds` what passed since the last lap, as the station's; else begins anew."""

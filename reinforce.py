@@ -42,7 +42,7 @@ class Config:
     wandb: bool = False              # Weights & Biases gets what metrics.jsonl does
     tiny: bool = False               # toy-ways and its settings: CPU, no downloads, minutes
     eval_interval: int = 100         # steps between evaluations, and checkpoints
-    eval_prompts: int = 2000         # dev prompts of an evaluation, which counts all gold answers
+    eval_prompts: int = 2000         # dev prompts of an evaluation; metrics take all gold answers
     # data
     data: str = 'squad_v2'           # squad_v2, squad, toy[-varied|-ways]; own.jsonl, .csv, folder
     context: bool = True             # put the passage into the prompt; README's poster did not

@@ -138,15 +138,26 @@ def gold_loss(generator, split, args):
 
 def examine(generator, split, enc, temperature, args):
     """Figures of a greedy and of a sampled answer to each prompt; texts, lists by their names, of
-    both; ids and mask of the sampled."""
-    texts = {'greedy': data.to_text(*answer(generator, split, 0, args), enc)}
-    response, mask = answer(generator, split, temperature, args)
+    both; ids and mask of the sampled. A generator that rests is not asked again."""
+    this = checksum(generator), args.seed, args.top_k, args.batch_size
+
+    def kept(make, *more):                           # for the last four generators
+        key = make, *more, *this
+        split.kept[key] = split.kept.pop(key, None) or make(generator, split, *more, args)
+        while len(split.kept) > 12:
+            del split.kept[next(iter(split.kept))]
+        return split.kept[key]
+
+    texts = {'greedy': data.to_text(*kept(answer, 0), enc)}
+    response, mask = kept(answer, temperature)
     texts['sampled'] = data.to_text(response, mask, enc)
     greedy, sampled = (data.score_answers(said, split.examples) for said in texts.values())
-    figures = greedy | {f'sample_{key}': value for key, value in sampled.items()} | {
-        'loss': gold_loss(generator, split, args),
-        'length': mask.sum(1).float().mean().item(), 'distinct2': data.distinct(response, mask, 2)}
-    return figures, texts, response, mask
+    others = {'loss': kept(gold_loss), 'length': mask.sum(1).float().mean().item(),
+              'distinct2': data.distinct(response, mask, 2)}
+    if taken := greedy.keys() & {*others, 'reward', 'score', 'gap', 'd_acc', 'tie_rate', 'kl'}:
+        raise ValueError(f'score_answer of data.py names {taken} what is another figure: rename it')
+    return greedy | {f'sample_{key}': value for key, value in sampled.items()} | others, texts, \
+        response, mask
 
 
 def scores_of(discriminator, split, groups, response, mask, args):
@@ -195,15 +206,12 @@ def compare(args):
 @torch.no_grad()
 def evaluate_run(generator, discriminator, split, enc, cfg):
     """Figures of a generator, and answers to each prompt, drawn as in a rollout: those of
-    `examine`, kept while the generator rests; with a discriminator, of the sampled reward (the mean
-    margin, whatever --reward is), score, gap, d_acc, its 95% interval d_acc_low, d_acc_high, and
-    tie_rate, as a run logs them; Gumbel-softmax logs those of relaxed answers, these are of ids."""
+    `examine`; with a discriminator, of the sampled reward (the mean margin, whatever --reward is),
+    score, gap, d_acc, its 95% interval d_acc_low, d_acc_high, and tie_rate, as a run logs them;
+    Gumbel-softmax logs those of relaxed answers, these are of ids."""
     size = cfg.micro_batch * cfg.samples             # with one seed: always the same noise
     args = argparse.Namespace(**vars(cfg) | {'batch_size': size, 'seed': 0, 'top_k': None})
-    key = checksum(generator)                        # a Split is of one run, of one cfg
-    if key not in split.examined:
-        split.examined[key] = examine(generator, split, enc, cfg.temperature, args)
-    figures, texts, response, mask = split.examined[key]
+    figures, texts, response, mask = examine(generator, split, enc, cfg.temperature, args)
     if discriminator is None:
         return figures, texts
     gold = split.batch(range(len(split)), cfg.device)
@@ -212,44 +220,49 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
     worth = margin(scores, *pairs, pairs[0][..., -1] == split.eos, cfg.d_prefixes)
     differ = (gold.response != response).any(1, keepdim=True)
     told = data.told(scores, differ)
-    if told['d_acc'] is not None:                    # the pairs of a passage are one trial
-        n = len({*groups_of(split)[differ[:, 0].cpu().numpy()]})
-        told['d_acc_low'], told['d_acc_high'] = wilson(told['d_acc'], n)
+    if told['d_acc'] is not None:
+        told['d_acc_low'], told['d_acc_high'] = interval(
+            told['d_acc'], groups_of(split)[differ[:, 0].cpu().numpy()])
     return figures | {'reward': worth.mean().item(), **told}, texts
 
 
-def wilson(share, n):
-    """95% interval of a share of n independent trials (Wilson 1927); of few, too."""
-    z2 = 1.96 ** 2 / n
-    middle, half = share + z2 / 2, math.sqrt(z2 * share * (1 - share) + z2 ** 2 / 4)
-    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
-
-
 def report(at, generator, discriminator, split, enc, out, log, cfg):
-    """Evaluates a run for its log, where `at` is its key and number, the screen, which gets three
-    answers in lines as wide as the terminal, samples.txt and curves.png; returns figures, answers.
-    Where `at` has that the generator begins to move, the screen has what there is to learn."""
+    """Evaluates a run for its log, where `at` is its key and number, samples.txt, curves.png and
+    the screen, which gets three answers or, of a generator that rests, what there is to learn;
+    returns figures and answers."""
     figures, texts = evaluate_run(generator, discriminator, split, enc, cfg)
     log({**at, 'dev': figures}, data.metrics_of(figures))
+    rests, split.shown = texts == split.shown, texts
+    if not rests:
+        show(split, texts['sampled'])
+    with for_readers(out / 'samples.txt'):
+        (out / 'samples.txt').write_text(side_by_side(split.examples[:20], texts.items()), 'utf-8')
+    if discriminator:
+        with for_readers(out / 'curves.png'):
+            runs = read_runs(out)
+            # not d_acc_mean: the .5 that it began at is in it
+            last = [r['d_acc'] for r in runs[-1] if r.get('d_acc') is not None][-10:]
+            unsure = last and figures['d_acc'] is not None and figures['d_acc_low'] <= .5
+            if at.get('begins') or rests and last or unsure:
+                tqdm.write(textwrap.fill(lesson(figures, float(np.mean(last or [.5]))), 99))
+            draw({'this run': runs}, out / 'curves.png')
+    if at.get('begins'):
+        tqdm.write(f'iteration {at["iter"]}: the generator begins to move')
+    return figures, texts
+
+
+def show(split, texts):
+    """Prints three answers, in lines as wide as the terminal, 100 columns where there is none."""
     rows = sorted(range(len(split)), key=lambda i: not split.examples[i]['answers'])
-    some = [(split.examples[i], texts['sampled'][i]) for i in rows[:2] + rows[2:][-1:]]
     said = [[repr(text)[1:-1] for text in (                  # whatever is in it, one line
-        e['question'], (e['answers'] or [data.UNANSWERABLE])[0], text)] for e, text in some]
+        e['question'], (e['answers'] or [data.UNANSWERABLE])[0], texts[i])]
+        for i in rows[:2] + rows[2:][-1:] for e in [split.examples[i]]]      # of both kinds
     widths = [max(map(len, column)) for column in zip(*said)]
     while sum(widths) > max(30, shutil.get_terminal_size((100, 24)).columns - 21):
         widths[widths.index(max(widths))] -= 1
     for cells in said:
         tqdm.write('  {:{q}.{q}}  gold: {:{g}.{g}}  sampled: {:.{s}}'.format(
             *cells, **dict(zip('qgs', widths))))
-    if at.get('begins'):
-        tqdm.write(f'iteration {at["iter"]}: the generator begins to move\n'
-                   + textwrap.fill(lesson(figures, at['d_acc_mean']), 99))
-    with for_readers(out / 'samples.txt'):
-        (out / 'samples.txt').write_text(side_by_side(split.examples[:20], texts.items()), 'utf-8')
-    if discriminator:
-        with for_readers(out / 'curves.png'):
-            draw({'this run': read_runs(out)}, out / 'curves.png')
-    return figures, texts
 
 
 def lesson(figures, training):
@@ -262,8 +275,9 @@ def lesson(figures, training):
     return (f"The discriminator tells {d_acc:.0%} of dev's pairs ({low:.0%} to {high:.0%}) and "
             f'{training:.0%} of its last training batches'
             + ': it knows its examples, not the task' * knows
-            + '. The score has nothing to teach yet: raise --d_warmup_iters or --d_lr, take more '
-              'data or another --d_init_from' * (low <= .5) + '.')
+            + '. That may be chance, and the score has nothing to teach yet: raise --d_lr or '
+              '--d_warmup_iters, take more data, of dev too, or another --d_init_from' * (low <= .5)
+            + '.')
 
 
 def better(best, step, generator, split, enc, out, log, cfg):
@@ -283,7 +297,7 @@ def better(best, step, generator, split, enc, out, log, cfg):
 
 def finish(reference, generator, discriminator, split, enc, out, log, cfg):
     """The end of a run, by rank 0: evaluates the warm start and, the last report, the tuned model;
-    prints their table, logs and returns the figures. All is saved: a signal ends it at once."""
+    prints their table, logs and returns the figures. A signal from here on ends it at once."""
     release_signals()
     if rank():
         return None
@@ -293,11 +307,11 @@ def finish(reference, generator, discriminator, split, enc, out, log, cfg):
     columns = {key: header for key, header in headers(warm).items()          # none by class
                if key.removeprefix('sample_') in data.metrics_of(warm)}
     columns |= {'reward': 'reward', 'gap': 'gap', 'd_acc': 'd_acc', 'distinct2': 'distinct-2'}
-    width = 1 + max(map(len, columns.values()))
-    print(' ' * 12 + ''.join(f'{header:>{width}}' for header in columns.values()))
-    for name, row in figures.items():
-        cells = ('-' if row[key] is None else f'{row[key]:.3f}' for key in columns)
-        print(f'{name:12}' + ''.join(f'{c:>{width}}' for c in cells), flush=True)
+    widths = [max(11, len(header) + 1) for header in columns.values()]
+    for name, row in {'': columns, **figures}.items():
+        cells = (z if isinstance(z, str) else '-' if z is None else f'{z:.3f}'
+                 for z in (row[key] for key in columns))
+        print(f'{name:12}' + ''.join(f'{z:>{n}}' for z, n in zip(cells, widths)), flush=True)
     log({'final': figures})
     return figures
 
@@ -305,14 +319,13 @@ def finish(reference, generator, discriminator, split, enc, out, log, cfg):
 # -----------------------------------------------------------------------------
 # judging
 
-def interval(right, groups):
-    """95% interval of the mean of right (n,), of groups (n,), by bootstrap over these (Efron 1979):
-    trials of one are not independent. That judges differ by their training is not in it; of few
-    groups it is far too narrow."""
-    sums, counts = np.bincount(groups, right), np.bincount(groups)
-    sums, counts, rng = sums[counts > 0], counts[counts > 0], np.random.default_rng(0)
-    drawn = [rng.integers(len(sums), size=len(sums)) for _ in range(2000)]
-    return np.quantile([sums[d].sum() / counts[d].sum() for d in drawn], (.025, .975)).tolist()
+def interval(share, groups):
+    """95% interval of a share of trials of these groups, an array of their numbers, as of one trial
+    a group, for those of one are not independent (Wilson 1927). That judges differ by their
+    training is not in it."""
+    z2 = 1.96 ** 2 / len({*groups})
+    middle, half = share + z2 / 2, math.sqrt(z2 * share * (1 - share) + z2 ** 2 / 4)
+    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
 
 
 def groups_of(split):
@@ -382,7 +395,7 @@ def told_apart(trunk, split, fake, fake_mask, args):
              for k in range(JUDGES)]
     rows, right = (np.concatenate(z) for z in zip(*found))
     figures |= {'accuracy': right.mean().item(), 'judges': [r.mean().item() for _, r in found]}
-    figures['low'], figures['high'] = interval(right, groups_of(split)[rows])
+    figures['low'], figures['high'] = interval(figures['accuracy'], groups_of(split)[rows])
     return figures
 
 
@@ -456,13 +469,14 @@ def evaluate(args):
                              'give a ckpt.pt or start.pt')
         plain = argparse.Namespace(device=args.device, d_dropout=0.0)
         discriminator = load_discriminator(plain, None, saved)
-    groups = groups_of(split)
-    if args.test_steps and len(split) >= PAIRS and not all(
-            len(half) for k in range(JUDGES) for half in halves(groups, (args.seed, k))):
-        raise ValueError(f'the {len(split)} prompts are of {groups.max() + 1} passages, too few to '
-                         'judge by: give more --prompts, another --seed or --test_steps 0')
+    none = f'; none judged: give {PAIRS} --prompts or more, --test_steps'
+    if args.test_steps and len(split) >= PAIRS and not groups_of(split).any():
+        raise ValueError(f'the {len(split)} prompts are of one passage, which has no two halves to '
+                         'judge by: give more --prompts or --test_steps 0')
     out = Path(args.out or 'out/evaluation.json')
     answers = out.with_name(out.name.removesuffix('.json') + '.jsonl')
+    if answers.name == 'metrics.jsonl':
+        raise ValueError(f'--out {out}: its answers would take the place of a log: give another')
     out.parent.mkdir(parents=True, exist_ok=True)
     for file in out, answers:
         open(file, 'a').close()                      # now, if it cannot be written
@@ -471,7 +485,7 @@ def evaluate(args):
     print(f'{len(split)} prompts of {settings["data"]}; gold answers: distinct-2 '
           f'{data.distinct(gold.response, gold.mask, 2):.3f}, length {split.lengths.mean():.2f}; '
           f'fresh discriminators start from {args.base}, KL is from it, in nats per token'
-          + f'; none will judge, for want of {PAIRS} prompts' * (len(split) < PAIRS))
+          + none * (len(split) < PAIRS or not args.test_steps))
     for name, source in named:
         generator = GPT.from_pretrained(source).to(args.device)
         for temperature in args.temperature:
@@ -486,9 +500,9 @@ def evaluate(args):
             results.setdefault(label, []).append(f)
             keep_freed_memory(False)
             row = [f'{header} {cell(header, [value])}' for header, value in row_of(f).items()]
-            test = ('told apart {accuracy:.1%} [{low:.1%}, {high:.1%}]' if f['fresh']['judges'] else
-                    f'none judged, for want of {PAIRS} or of steps')
-            test = ('{pairs} pairs that differ, {ties} ties; ' + test).format(**f['fresh'])
+            test = '; told apart {accuracy:.1%} [{low:.1%}, {high:.1%}]'
+            test = ('{pairs} pairs that differ, {ties} ties'
+                    + (test if f['fresh']['judges'] else none)).format(**f['fresh'])
             print(f'\n{label}, at {temperature}: {", ".join(row)}\n  {test}', flush=True)
             write_json(out, {'setup': setup, 'results': results})
             answers.write_text(''.join(lines))
@@ -583,25 +597,23 @@ def table(args):
             rows.setdefault(label, []).extend(row for _, row in seeds)
     if args.out:
         write_json(Path(args.out), {'results': results})
-    headers = list(dict.fromkeys(h for seeds in rows.values() for row in seeds for h in row))
-    print('| ' + ' | '.join(['', *headers]) + ' |\n|' + '---|' * (1 + len(headers)))
+    columns = list(dict.fromkeys(h for seeds in rows.values() for row in seeds for h in row))
+    print('| ' + ' | '.join(['', *columns]) + ' |\n|' + '---|' * (1 + len(columns)))
     for label, seeds in rows.items():
-        cells = [cell(h, [row.get(h, np.nan) for row in seeds]) for h in headers]
+        cells = [cell(h, [row.get(h, np.nan) for row in seeds]) for h in columns]
         print('| ' + ' | '.join([in_cell(label), *cells]) + ' |')
 
 
 def panels(figures, warm):
     """Titles of curves, by all figures of evaluations, with the key of a record or, after dev, of
     its evaluation."""
-    plain = ['sample_' + name for name in data.metrics_of(figures)]          # not by class
-    found = {f'{header.removesuffix(" %")} (%)': f'dev {key}'
-             for key, header in headers(figures).items()
-             if key in plain or warm and not key.startswith('sample_')}
+    names, called = data.metrics_of(figures), headers(figures)
+    found = {f'{called[key].removesuffix(" %")} (%)': f'dev {key}' for key in called
+             if key.removeprefix('sample_') in names or warm and not key.startswith('sample_')}
     if warm:
         return {'loss on dev (nats/token)': 'dev loss', **found}
     return found | {
-        'distinct-2 of samples': 'dev distinct2', 'longest run of a token': 'longest_run',
-        'reward on dev (mean margin)': 'dev reward', 'score of samples less gold': 'dev gap',
+        'distinct-2 of samples': 'dev distinct2', 'reward on dev (mean margin)': 'dev reward',
         'discriminator loss (nats)': 'd_loss', 'pairs told apart, in training': 'd_acc_mean',
         'pairs told apart, on dev': 'dev d_acc', 'KL from warm start (nats/token)': 'kl'}
 
@@ -633,7 +645,8 @@ def draw(groups, out):
     chance = {'dev d_acc': [.5], 'd_acc_mean': [.5],
               'd_loss': [math.log(2) * (1 + (kind == 'minimax')) for kind in kinds]}
     shown = []                                       # title, lines at chance, curves of each group
-    for title, key in panels({k: 0 for r in every for k in r.get('dev', {})}, warm).items():
+    figures = {k: 0 for r in every for k in r.get('dev', {})}
+    for title, key in panels(figures, warm).items():
         curves = [[windows(run, number, key) for run in runs] for runs in groups.values()]
         if any(curve.size for runs in curves for curve in runs):
             shown.append((title, chance.get(key, []), curves))
@@ -691,7 +704,7 @@ FLAGS = {  # as argparse takes them
     'context': dict(help='the passage that the answer to --question is in'),
     'samples': dict(type=int, default=1, help='answers, with --ckpt'),
     'prompts': dict(type=int, help='dev prompts: 10 to compare, 4000 to evaluate'),
-    'out': dict(type=expanduser, help='file to write (out/evaluation.json, out/curves.png)'),
+    'out': dict(type=expanduser, help='file to write; of --evaluate beside the answers, .jsonl'),
     'data': dict(type=expanduser, help='as in training; by default as the checkpoint says'),
     'temperature': dict(type=float, nargs='+', help='0: greedy; by default as in training'),
     'top_k': dict(type=int, help='sample among so many tokens; by default among all'),

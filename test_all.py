@@ -472,6 +472,9 @@ def test_em_and_f1_equal_an_independent_computation():
         scores.append([max(float(said == g) for g in golds), max(overlap(said, g) for g in golds)])
     out, scores = data.score_answers(predictions, examples), 100 * np.array(scores)
     no = np.array([not e['answers'] for e in examples])
+    named = {'f1': 1, 'char_f1': 1, 'has_f1': 1, 'no_f1': 1, 'has_char_f1': 1, 'unanswerable': 1}
+    named |= {'sample_' + name: 1 for name in named} | {'loss': 1}
+    assert data.metrics_of(named) == ['f1', 'char_f1']
     one = data.score_answer('unanswerable', {'answers': ['Unanswerable', 'Ada']})
     assert one == {'em': 1, 'f1': 1}
     assert .1 < no.mean() < .5 and 10 < scores[:, 0].mean() < scores[:, 1].mean() < 90
@@ -693,7 +696,8 @@ def test_rows_are_read_as_they_are_or_named():
     for row, word in (
             ('{"prompt": "?"', 'delimiter'),
             ('{"prompt": "?"}', "has no response among 'prompt'"),
-            ('{"prompt": "?", "response": null}', 'has no response; a row without an answer has'),
+            ('{"prompt": "?", "response": null}', 'has no response; a row without an'),
+            ('{"prompt": null, "response": []}', 'has no prompt'),
             ('[1]', 'a JSON object on each line'), ('[', 'a JSON object on each line'),
             (f'[{", ".join(1000 * ["{}"])}]', '{},  (.jsonl has'),
             ('{"prompt": "?", "response": ""}', 'empty'), ('"x"', 'has no prompt'), ('1', 'int'),
@@ -804,14 +808,14 @@ def test_a_split_is_drawn_and_divides_what_a_model_sees():
     assert count['often'] < 5
     write([{'prompt': 'Why ?', 'response': 'a', 'context': place[i]} for i in range(20)])
     raises(ValueError, ['1 different'], data.load_split, path, 'dev', enc, 40, 6, False)
-    write([{'prompt': '1 ?', 'response': 'a'}, {'prompt': '7 ?', 'response': 'b'}], 'train')
+    write([{'prompt': f'{i} ?', 'response': 'a'} for i in (1, 7, 7, 7)], 'train')
     write([{'prompt': f'{i} ?', 'response': 'a'} for i in (1, 1, 2, 3)], 'dev')
     cfg = parse(reinforce, '--data', at, '--max_prompt', 20)
     with contextlib.redirect_stdout(io.StringIO()) as said, patched(data, 'load_tokenizer',
                                                                     lambda _: enc):
         data.load(cfg)
     assert '1 of 3 dev prompts stand in train, too' in said.getvalue()
-    assert '1 rows repeat a prompt' in said.getvalue() and 'list' in said.getvalue()
+    assert '1 dev rows repeat a prompt: its right responses can be one list' in said.getvalue()
 
 
 def test_data_of_ones_own():
@@ -1428,12 +1432,12 @@ def test_no_prompt_is_on_both_sides_and_an_interval_by_hand():
         for kind in [e['context'] for e in some.examples], [*map(tuple, some.prompts.tolist())]:
             assert not {kind[i] for i in learn} & {kind[i] for i in judge}
 
-    trials = (np.random.default_rng(0).random(400) < .7).astype(float)
-    # 400 passages with a trial each, or with 25
-    for right in trials, trials.repeat(25):
-        low, high = sample.interval(right, np.arange(400).repeat(len(right) // 400))
-        half = 1.96 * trials.std() / 20              # the trials of one passage are all alike
-        assert abs(low - trials.mean() + half) < .005 and abs(high - trials.mean() - half) < .005
+    # its ends are the shares p of which n trials, one a passage, are 1.96 deviations away
+    for share, n, each in (.59, 300, 1), (.7, 400, 25), (1., 3, 2), (0., 7, 1), (.5, 1, 9):
+        low, high = sample.interval(share, np.arange(n).repeat(each))
+        assert 0 <= low <= share <= high <= 1
+        for p in low, high:
+            assert abs(n * (share - p) ** 2 - 1.96 ** 2 * p * (1 - p)) < 1e-9
 
 
 def test_kl_and_perplexity_against_sums():
@@ -1543,9 +1547,12 @@ def test_runs_are_judged_compared_tabled_and_drawn():
         printed('--plot', runs[0], small_run(reinforce, '--eval_prompts', 11), '--out', png)
     assert err.getvalue() == 'these runs were evaluated on different dev prompts\n'
     with patched(sample, 'groups_of', lambda split: np.zeros(len(split), int)), \
-            patched(sample, 'judge') as judge:
-        refused(['of 1 passages', '--prompts', '--test_steps 0'], '--evaluate', base, '--out', png)
-        assert not judge.called
+            patched(sample, 'judge', side_effect=OSError('judged')) as judge:
+        judged = '--evaluate', base, '--out'
+        refused(['of one passage', '--prompts', '--test_steps 0'], *judged, png)
+        refused(['place of a log'], *judged, at / 'metrics.json', '--prompts', 9)
+        assert not judge.called                      # of fewer, no fresh discriminator judges
+        assert refused([], *judged, at / 'x.json', '--prompts', 199) == 'judged'
     at, values = sample.windows([{'iter': i, 'kl': float(i)} for i in range(295)] + [{'iter': 7}],
                                 'iter', 'kl')
     assert [*at[[0, -1]]] == [2, 292] and [*values] == [*at] and len(at) == 59   # of 5 each
@@ -1619,11 +1626,15 @@ def test_a_metric_of_ones_own_is_shown_everywhere():
         reinforce.train(parse(reinforce, *SMALL, '--out_dir', at / 'run'))
         text = printed('--evaluate', at / 'run', '--best_of', 2, '--discriminator', at / 'run',
                        '--prompts', 8, '--test_steps', 0, '--out', at / 'x.json')
+    with patched(data, 'score_answer', lambda *pair: plain(*pair) | {'length': 1}):
+        refused(['length', 'rename'], '--evaluate', at / 'run', '--prompts', 8, '--test_steps', 0,
+                '--out', at / 'y.json')
     row, lines = printed('--table', at / 'x.json'), screen.getvalue()
     assert re.search(r'^iter 2 .*  f1 \S+  coverage [\d.]+/[\d.]+  on dev$', lines, re.M), lines
     assert ' '.join(lines.splitlines()[-3].split()).startswith(
         'EM F1 coverage EM sampled F1 sampled coverage sampled reward gap')
-    assert 'coverage sampled (%)' in [ax.get_title() for ax in drawn[-1].axes]
+    titles = {ax.get_title() for ax in drawn[-1].axes}
+    assert {'coverage (%)', 'coverage sampled (%)'} <= titles, titles
     for header in ('coverage', 'coverage sampled, NoAns', 'coverage chosen',
                    'coverage of any, HasAns'):
         assert f'{header} ' in text and f'| {header} |' in row, (header, row)
@@ -1646,16 +1657,11 @@ def test_a_metric_of_ones_own_is_shown_everywhere():
 def test_a_run_says_what_its_score_can_teach():
     """At the end of the head start: on dev, with an interval, and in training; chance in curves."""
     from matplotlib.figure import Figure
-    for share, n in (.59, 300), (1., 3), (0., 7), (.5, 1):       # the shares that n trials allow
-        low, high = sample.wilson(share, n)
-        assert 0 <= low <= share <= high <= 1
-        for p in (low, high):
-            assert abs(n * (share - p) ** 2 - 1.96 ** 2 * p * (1 - p)) < 1e-9
     dev = {'d_acc': .59, 'd_acc_low': .54, 'd_acc_high': .64}
     for change, training, words, missing in (
             ({}, .6, '59% of dev\'s pairs (54% to 64%) and 60% of its last', ['knows', 'nothing']),
             ({}, .96, '96% of its last training batches: it knows its examples, not', ['nothing']),
-            ({'d_acc_low': .5}, .6, 'nothing to teach yet: raise --d_warmup_iters', ['knows']),
+            ({'d_acc_low': .5}, .6, 'may be chance, and the score has nothing to', ['knows']),
             ({'d_acc': .8, 'd_acc_high': .84}, .9, '90% of its last', ['knows', 'nothing']),
             ({'d_acc': None}, .5, 'the gold answers: a score has nothing to teach', [])):
         said = sample.lesson(dev | change, training)
@@ -1673,16 +1679,24 @@ def test_a_run_says_what_its_score_can_teach():
     assert rows[at]['d_acc_mean'] == rows[at - 1]['d_acc_mean'] != rows[at + 1]['d_acc_mean']
     split = data.Split(data.load_examples('toy', 'dev', 40), data.load_tokenizer('toy'), 26, 6)
     assert told['tie_rate'] == 0 and len({*sample.groups_of(split)}) == 40
-    assert (told['d_acc_low'], told['d_acc_high']) == sample.wilson(told['d_acc'], 40)
+    assert (told['d_acc_low'], told['d_acc_high']) == sample.interval(
+        told['d_acc'], np.arange(40))
     text = ' '.join(screen.getvalue().split())
-    assert 'iteration 3: the generator begins to move The discriminator tells ' in text
+    assert re.search('The discriminator tells [^.]*[.].* iteration 3: the generator begins', text)
+    last = np.mean([r['d_acc'] for r in rows[:at] if 'd_loss' in r])
+    assert f' and {last:.0%} of its last training batches' in text, (last, text)
     assert [r['iter'] for r in rows if 'dev' in r and 'iter' in r] == [0, 3, 4]
-    chance = {'discriminator loss (nats)': 2 * math.log(2), 'pairs told apart, on dev': .5,
-              'pairs told apart, in training': .5, 'F1 sampled (%)': None}
-    for ax in drawn[-1].axes:
-        level = [z.get_ydata()[0] for z in ax.lines if z.get_linestyle() == '--']
-        want = chance.get(ax.get_title())
-        assert level == [want] * (want is not None) or ax.get_title() not in chance
+    chance = {'discriminator loss (nats)': 2 * math.log(2), 'F1 sampled (%)': None,
+              'pairs told apart, on dev': .5, 'pairs told apart, in training': .5}
+    axes = {ax.get_title(): ax for ax in drawn[-1].axes if ax.get_title() in chance}
+    assert axes.keys() == chance.keys()
+    for title, level in chance.items():
+        assert [z.get_ydata()[0] for z in axes[title].lines if z.get_linestyle() == '--'] == (
+            [level] * (level is not None))
+    pair = [{'config': {'d_loss': 'pair'}}, {'iter': 0, 'd_loss': .5}]
+    with patched(Figure, 'savefig', lambda self, *a, **k: drawn.append(self)):
+        sample.draw({'pair': [pair]}, out / 'x.png')
+    assert [z.get_ydata()[0] for z in drawn[-1].axes[0].lines[1:]] == [math.log(2)]
 
 
 def test_a_generator_that_rests_answers_once():
@@ -1709,13 +1723,10 @@ def test_a_generator_that_rests_answers_once():
     assert max(len(line) for line in said if '  gold: ' in line) == 64
     text = (at / 'run/samples.txt').read_text()
     assert text.count('greedy  ') == text.count('sampled  ') == 6
-    texts = {'sampled': [''] * 6, 'greedy': [''] * 6}
-    with (patched(sample, 'evaluate_run', lambda *a: (rows[0], texts)), patched(sample, 'draw'),
-          contextlib.redirect_stdout(io.StringIO()) as screen):
-        split, *_ = people(6)
-        sample.report({'iter': 1}, None, None, split, None, at, lambda *a: None, None)
-        texts['sampled'] = ['x' * 200] * 6
-        sample.report({'iter': 1}, None, None, split, None, at, lambda *a: None, None)
+    split, *_ = people(6)
+    with contextlib.redirect_stdout(io.StringIO()) as screen:
+        sample.show(split, [''] * 6)
+        sample.show(split, ['x' * 200] * 6)
     said = screen.getvalue().splitlines()
     assert [line.rpartition('sampled: ')[2] for line in said[:3]] == [''] * 3
     assert all(len(line) == 100 and 'xxx' in line for line in said[3:])      # the longest is cut
@@ -1823,14 +1834,14 @@ def test_a_run_evaluates_the_policy_it_trains():
         told['reward'] = reinforce.reward(scores, batch, roll, cfg).sum().item() / 20
         same = 'reward', 'score', 'gap', 'd_acc', 'tie_rate'
         assert all(abs(figures[k] - told[k]) < 1e-5 for k in same)
-        assert (figures['d_acc_low'], figures['d_acc_high']) == sample.wilson(
-            figures['d_acc'], 10)                    # passages, of two prompts each
+        assert (figures['d_acc_low'], figures['d_acc_high']) == sample.interval(
+            figures['d_acc'], np.arange(10))         # passages, of two prompts each
 
     split, *_ = people(20)
     gpt.ln_f.bias.data[0], gpt.wte.weight.data[enc.eot_token, 0], cfg.temperature = 60., 9., 1.
     for n in 6, 11, 20:
         cfg.micro_batch, cfg.samples, args.batch_size = n, 1, n
-        split.examined.clear()
+        split.kept.clear()
         assert {len(rows) for rows in sample.batches(split, n)} == {n}
         figures, texts = sample.evaluate_run(gpt, network, split, enc, cfg)
         assert len(texts['sampled']) == len(sample.answer(gpt, split, .8, args)[0]) == 20
@@ -2038,7 +2049,9 @@ def test_the_warm_start_ends_with_its_best():
     changed, = [r for r in records(parts) if 'resumed' in r]
     assert changed['iter'] == 0 and changed['resumed'] == {'eval_prompts': 9, 'lr': .25}
     first = json.loads((whole / 'metrics.jsonl').read_text().splitlines()[0])
-    assert first['dev_rows'] != changed['dev_rows']
+    for dev_rows, n in (first['dev_rows'], 12), (changed['dev_rows'], 9):
+        dev = data.Split(data.load_examples('toy', 'dev', n), data.load_tokenizer('toy'), 26, 6)
+        assert dev_rows == [dev.digest()]
     found = {r['sft_iter']: r['dev'] for r in records(whole) if 'sft_iter' in r and 'dev' in r}
     assert {step: dev['loss'] for step, dev in found.items()} == losses and 'f1' in found[7]
     for file in 'sft.pt', 'ckpt.pt':
@@ -2623,7 +2636,7 @@ def test_a_signal_saves_and_exits():
         code, err = process.wait(60), process.stderr.read()
         assert code == (1 if how else 128 + number), err
         assert err.count(f'stopping: saving {out}, go on with --resume') == 1, err
-        assert said.count(b'train: ') == 1
+        assert said.count(b'tokenizing train') == 1
         assert (f'resumed at iter {done} of 100000'.encode() in said) == ('--resume' in flags)
         done = load_checkpoint(out / 'ckpt.pt')['iter']
         assert done == max(r['iter'] for r in records(out) if 'score' in r) + 1
@@ -2731,7 +2744,7 @@ def test_the_commands_of_the_readme():
                  r'iter 0  reward \S+  gap \S+  d_acc \S+  d_acc_mean \S+  \S+ s',
                  'iteration 1: the generator begins to move'):
         assert re.search(f'^{line}$', said, re.M), (line, said)
-    assert said.count('  gold: ') == said.count('  sampled: ') == 3 * (3 + 4)    # and it moves at 1
+    assert said.count('  gold: ') == said.count('  sampled: ') == 3 * (3 + 2)    # it rests till 1
     assert not [line for line in done.stderr.splitlines() if 'Warning' in line
                 and str(HERE) in line and 'site-packages' not in line], done.stderr
     text = (out / 'samples.txt').read_text()
@@ -2799,6 +2812,8 @@ def test_forks_and_controls_of_the_pages():
 def test_figures_of_the_pages_are_those_of_their_files():
     """Each table of RESULTS.md is `--table` of a JSON, but for columns left out, README's rows, and
     what has a ± in either text, are of these; README begins with the end of a run."""
+    from matplotlib.figure import Figure
+
     def rows(table):                                 # {label: {header: cell}}
         head, _, *lines = (re.split(r' ?(?<!\\)\| ?', row)[1:-1] for row in table.splitlines())
         return {name: dict(zip(head[1:], cells, strict=True)) for name, *cells in lines}
@@ -2816,9 +2831,17 @@ def test_figures_of_the_pages_are_those_of_their_files():
             kept += table.values()
     assert len(kept) == sum(map(len, shown))         # no table without a file
     for name, row in (pair for table in first for pair in table.items()):
-        assert 'ratio' in row or any(row.items() <= one.items() for one in kept), name
+        assert {'ratio', '`--d_lr`'} & {*row} or any(
+            row.items() <= one.items() for one in kept), name
     cells = {cell for row in kept for cell in row.values()}
     assert {*re.findall(r'-?[\d.]+ ± [\d.]*\d', readme + results)} <= cells
+    for path in assets.rglob('*.jsonl'):             # with what is missing in the old ones
+        with patched(Figure, 'savefig'):
+            printed('--plot', path, '--out', SCRATCH / 'x.png')
+    spec = importlib.util.spec_from_file_location('ways', assets / 'ways.py')
+    spec.loader.exec_module(ways := importlib.util.module_from_spec(spec))
+    gpt = tiny_gpt(vocab_size=data.load_tokenizer('toy-ways').n_vocab)
+    assert ways.row(gpt, gpt, ways.split_of('dev', 8))['right'] == 0
     last = sample.read_runs(assets / 'ways/score.jsonl')[0][-1]['final']
     keys = 'em', 'f1', 'sample_em', 'sample_f1', 'reward', 'gap', 'd_acc', 'distinct2'
     for name, f in last.items():

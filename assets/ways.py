@@ -47,7 +47,7 @@ def row(generator, base, split):
     response, mask = sample.answer(generator, split, 1.0, ARGS)
     texts = data.to_text(response, mask, ENC)
     pairs = list(zip(texts, split.examples))
-    right = np.array([data.score_answer(*pair)[0] for pair in pairs])
+    right = np.array([data.score_answer(*pair)['em'] for pair in pairs])
     bound = np.array([is_bound(*pair) for pair in pairs])
     links = collections.Counter(w for t, b in zip(texts, bound) if b for w in t.split()[2::2]
                                 if w in data.LINKS)
@@ -82,7 +82,7 @@ def force(*named):
                 split.prompts[:, -1], = ENC.encode_ordinary(f' {word}')
                 split.pads -= 1
                 texts = data.to_text(*sample.answer(generator, split, 1.0, ARGS), ENC)
-                rights += [data.score_answer(f'{word} {text}', e)[0]
+                rights += [data.score_answer(f'{word} {text}', e)['em']
                            for text, e in zip(texts, split.examples)]
             found[words] = 100 * np.mean(rights)
         yield name, {'`as` to all': found['as as'], '`any` to all': found['any any'],
