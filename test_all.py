@@ -3241,7 +3241,7 @@ def test_decoding_writes_its_cache_in_place():
 
 CUDA = 'cuda:0'
 SIZE = dict(n_embd=128, n_head=2)                    # heads of 64 channels, which kernels are for
-CARD = {reinforce: (12, 24), ppo: (16, 24), gumbel: (16, 38)}        # GiB, as the README has it
+CARD = {reinforce: (12, 24), ppo: (16, 24), gumbel: (16, 38)}        # GiB that should do
 
 
 def needs_a_gpu():
