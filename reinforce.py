@@ -54,7 +54,7 @@ class Config:
     n_head: int = 12                 # heads of a layer, with --init_from scratch
     n_embd: int = 768                # channels, with --init_from scratch
     # warm start
-    sft_iters: int = 8000            # MLE steps on the first gold answer of each prompt; 0 for none
+    sft_iters: int = 8000            # MLE steps on first gold answers; 0 for none
     sft_batch_size: int = 32         # examples of an MLE step
     sft_lr: float = 3e-5             # peak learning rate of the warm start
     sft_dropout: float = 0.0         # of the generator, in the warm start

@@ -228,13 +228,13 @@ def evaluate_run(generator, discriminator, split, enc, cfg):
 
 def report(at, generator, discriminator, split, enc, out, log, cfg):
     """Evaluates a run for its log, where `at` is its key and number, samples.txt, curves.png and
-    the screen, which gets three answers or, of a generator that rests, what there is to learn;
-    returns figures and answers."""
+    the screen, which gets three answers, if they are others than before, and what there is to
+    learn; returns figures and answers."""
     figures, texts = evaluate_run(generator, discriminator, split, enc, cfg)
     log({**at, 'dev': figures}, data.metrics_of(figures))
-    rests, split.shown = texts == split.shown, texts
-    if not rests:
+    if texts != split.shown:
         show(split, texts['sampled'])
+    split.shown = texts
     with for_readers(out / 'samples.txt'):
         (out / 'samples.txt').write_text(side_by_side(split.examples[:20], texts.items()), 'utf-8')
     if discriminator:
@@ -242,8 +242,7 @@ def report(at, generator, discriminator, split, enc, out, log, cfg):
             runs = read_runs(out)
             # not d_acc_mean: the .5 that it began at is in it
             last = [r['d_acc'] for r in runs[-1] if r.get('d_acc') is not None][-10:]
-            unsure = last and figures['d_acc'] is not None and figures['d_acc_low'] <= .5
-            if at.get('begins') or rests and last or unsure:
+            if last or at.get('begins'):
                 tqdm.write(textwrap.fill(lesson(figures, float(np.mean(last or [.5]))), 99))
             draw({'this run': runs}, out / 'curves.png')
     if at.get('begins'):
@@ -704,7 +703,8 @@ FLAGS = {  # as argparse takes them
     'context': dict(help='the passage that the answer to --question is in'),
     'samples': dict(type=int, default=1, help='answers, with --ckpt'),
     'prompts': dict(type=int, help='dev prompts: 10 to compare, 4000 to evaluate'),
-    'out': dict(type=expanduser, help='file to write; of --evaluate beside the answers, .jsonl'),
+    'out': dict(type=expanduser, help='file to write (out/evaluation.json, out/curves.png); answers '
+                                      'of the former in a .jsonl beside it'),
     'data': dict(type=expanduser, help='as in training; by default as the checkpoint says'),
     'temperature': dict(type=float, nargs='+', help='0: greedy; by default as in training'),
     'top_k': dict(type=int, help='sample among so many tokens; by default among all'),

@@ -1691,13 +1691,7 @@ def test_a_run_says_what_its_score_can_teach():
     last = np.mean([r['d_acc'] for r in rows[:at] if 'd_loss' in r][3:])
     assert f' and {last:.0%} of its last training batches' in text, (last, text)
     assert [r['iter'] for r in rows if 'dev' in r and 'iter' in r] == [0, 13, 16]
-    for low, n in (.4, 1), (.6, 0), (None, 0):       # of one that moves, where it may be chance
-        dev = told | {'d_acc': low and .5, 'd_acc_low': low, 'd_acc_high': .7}
-        with (patched(sample, 'evaluate_run', lambda *a, dev=dev: (dev, {'sampled': ['a'] * 40})),
-              patched(sample, 'draw'), contextlib.redirect_stdout(io.StringIO()) as screen):
-            sample.report({'iter': 16}, None, True, split, None, out, lambda *a: None, None)
-        assert screen.getvalue().count('may be chance') == n
-        split.shown = None
+    assert text.count('The discriminator tells') == 2    # not at 0, where it has learned nothing
     chance = {'discriminator loss (nats)': 2 * math.log(2), 'F1 sampled (%)': None,
               'pairs told apart, on dev': .5, 'pairs told apart, in training': .5}
     axes = {ax.get_title(): ax for ax in drawn[-1].axes if ax.get_title() in chance}

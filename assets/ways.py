@@ -54,7 +54,7 @@ def row(generator, base, split):
     share = np.array([*links.values()]) / max(1, links.total())
     found = sample.told_apart(base, split, response, mask, ARGS)
     return {'right': 100 * right.mean(), 'bound': 100 * bound.mean(),
-            'right if bound': 100 * right[bound].mean(),
+            'right if bound': 100 * right[bound].mean() if bound.any() else np.nan,
             'right if free': 100 * right[~bound].mean() if (~bound).any() else np.nan,
             'link words': np.exp(-(share * np.log(share)).sum()), 'length': mask.sum(1).float()
             .mean().item(), 'told apart %': 100 * found['accuracy']}
