@@ -703,8 +703,8 @@ FLAGS = {  # as argparse takes them
     'context': dict(help='the passage that the answer to --question is in'),
     'samples': dict(type=int, default=1, help='answers, with --ckpt'),
     'prompts': dict(type=int, help='dev prompts: 10 to compare, 4000 to evaluate'),
-    'out': dict(type=expanduser, help='file to write (out/evaluation.json, out/curves.png); answers '
-                                      'of the former in a .jsonl beside it'),
+    'out': dict(type=expanduser, help='file to write (out/evaluation.json, with the answers in a '
+                                      '.jsonl beside it; out/curves.png)'),
     'data': dict(type=expanduser, help='as in training; by default as the checkpoint says'),
     'temperature': dict(type=float, nargs='+', help='0: greedy; by default as in training'),
     'top_k': dict(type=int, help='sample among so many tokens; by default among all'),
